@@ -1,0 +1,46 @@
+// The CPU kernels: plain pointers and sizes, no torch. Each *_kernels.cpp is compiled once per instruction set into a
+// namespace of that name; kernels() returns the set in use. Threads are the caller's business.
+#pragma once
+
+#include "rmtkernels/portability.h"
+
+namespace rmtkernels {
+
+enum class DType { kFloat32, kBFloat16, kFloat16 };
+
+struct DescriptorArgs {
+  const float* gram;         // (layers, batch, window, window)
+  const int64_t* seen;       // rows seen, one per sequence, `seen_stride` apart
+  const double* mp_median;   // (window + 1): median of the Marchenko-Pastur law at n / dim for n eigenvalues
+  float* descriptors;        // [layer][sequence][descriptor]
+  float* eigenvalues;        // [layer][sequence][window], descending
+  int64_t seen_stride;
+  int64_t descriptors_stride[2];
+  int64_t eigenvalues_stride[2];
+  int64_t layers, batch, window, dim;
+  int joint;                 // JointSpectrum
+  bool center;
+};
+
+// One table per instruction set. Problems are numbered; a call does problems begin .. end - 1.
+struct Kernels {
+  // Converts a strided row to float32 and returns its squared norm.
+  double (*load_row)(float* x, const void* row, DType type, int64_t stride, int64_t dim);
+  // out[j] = <x, rows[j]> for `count` rows that lie `dim` elements apart.
+  void (*dot_rows)(double* out, const float* x, const void* rows, DType type, int64_t count, int64_t dim);
+  // Eigenvalues, ascending, of the symmetric matrices whose lower triangles are given.
+  void (*eigvalsh_f32)(const float* matrices, float* eigenvalues, int64_t n, int64_t begin, int64_t end);
+  void (*eigvalsh_f64)(const double* matrices, double* eigenvalues, int64_t n, int64_t begin, int64_t end);
+  // A problem is layer * batch + sequence, or a sequence alone if the layers are joined.
+  void (*descriptors)(const DescriptorArgs& args, int64_t begin, int64_t end);
+};
+
+const Kernels& kernels();
+
+// Name of the instruction set in use: "avx2" or "baseline".
+const char* cpu_isa();
+bool cpu_isa_available(const char* name);
+// "auto" takes the best one there is. False if the name is unknown or this processor lacks it; then nothing changes.
+bool set_cpu_isa(const char* name);
+
+}  // namespace rmtkernels

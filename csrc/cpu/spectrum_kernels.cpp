@@ -1,0 +1,346 @@
+// Eigenvalues of many small symmetric matrices, and the descriptors made of them. Compiled once per instruction set.
+//
+// Everything is float64: activations have eigenvalues six and more orders of magnitude apart, and an error of one
+// float32 rounding of the largest would drown the small ones. A matrix is first reduced to tridiagonal form by
+// Householder reflections, vectorised within the matrix; then several tridiagonal matrices of one size, one to a SIMD
+// lane, go through the root-free QL iteration of Pal, Walker and Kahan side by side. That iteration is one long chain
+// of dependent operations, so more lanes cost next to nothing. Lanes never mix: a matrix gives the same bits alone.
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "rmtkernels/sliding_window.h"
+#include "rmtkernels/spectrum.h"
+
+namespace rmtkernels {
+namespace RMT_ISA {
+namespace {
+
+constexpr double kEpsilon = 1.1102230246251565e-16;
+constexpr int kMaxSweeps = 60;  // per eigenvalue; two are usual
+
+RMT_INLINE int round_up4(int n) { return (n + 3) & ~3; }
+RMT_INLINE f64x4 absolute(f64x4 x) { return (f64x4)((i64x4)x & i64x4{INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX}); }
+RMT_INLINE bool any(i64x4 mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+RMT_INLINE f64x4 square_root(f64x4 x) {
+#if defined(__AVX2__)
+  return _mm256_sqrt_pd(x);
+#else
+  return f64x4{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])};
+#endif
+}
+
+// One matrix being worked on. Rows and columns beyond n are zero, so loops run over whole 4 x 4 tiles.
+struct Workspace {
+  alignas(32) double a[kMaxWindow * kMaxWindow];
+  alignas(32) double v[kMaxWindow];
+  alignas(32) double w[kMaxWindow];
+};
+
+// w = A v over the tiles from `first` on.
+RMT_INLINE void multiply(Workspace& s, int first, int ld) {
+  for (int j = first; j < ld; j += 4) store4(s.w + j, splat(0));
+  for (int i = first; i < ld; i += 4) {
+    const double* a = s.a + i * ld;
+    const f64x4 v0 = splat(s.v[i]), v1 = splat(s.v[i + 1]), v2 = splat(s.v[i + 2]), v3 = splat(s.v[i + 3]);
+    for (int j = first; j < ld; j += 4) {
+      const f64x4 even = fma(v2, load4(a + 2 * ld + j), fma(v0, load4(a + j), load4(s.w + j)));
+      const f64x4 odd = fma(v3, load4(a + 3 * ld + j), v1 * load4(a + ld + j));
+      store4(s.w + j, even + odd);
+    }
+  }
+}
+
+// A -= v w' + w v' over the tiles from `first` on.
+RMT_INLINE void rank_two_update(Workspace& s, int first, int ld) {
+  for (int i = first; i < ld; i += 4) {
+    f64x4 v[4], w[4];
+    for (int r = 0; r < 4; ++r) v[r] = splat(-s.v[i + r]), w[r] = splat(-s.w[i + r]);
+    for (int j = first; j < ld; j += 4) {
+      const f64x4 vj = load4(s.v + j), wj = load4(s.w + j);
+      for (int r = 0; r < 4; ++r) {
+        double* a = s.a + (i + r) * ld + j;
+        store4(a, fma(w[r], vj, fma(v[r], wj, load4(a))));
+      }
+    }
+  }
+}
+
+RMT_INLINE double dot(const double* x, const double* y, int first, int ld) {
+  f64x4 sum = splat(0);
+  for (int j = first; j < ld; j += 4) sum = fma(load4(x + j), load4(y + j), sum);
+  return lane_sum(sum);
+}
+
+// Householder reduction of the symmetric s.a (both triangles, n x n, leading dimension round_up4(n)); it is destroyed.
+// Writes the diagonal and the squares of the subdiagonal, `step` doubles apart.
+void tridiagonalise(Workspace& s, int n, double* diagonal, double* squares, int step) {
+  const int ld = round_up4(n);
+  for (int k = 0; k + 1 < n; ++k) {
+    diagonal[k * step] = s.a[k * ld + k];
+    const int first = (k + 1) & ~3;
+    for (int j = first; j < ld; j += 4) store4(s.v + j, load4(s.a + k * ld + j));
+    for (int j = first; j <= k; ++j) s.v[j] = 0;
+    const double squared = dot(s.v, s.v, first, ld), head = s.v[k + 1];
+    squares[k * step] = squared;
+    if (k + 2 == n || squared == 0 || squared == head * head) continue;  // nothing to eliminate
+    const double norm = std::sqrt(squared);
+    s.v[k + 1] += std::copysign(norm, head);
+    const double beta = 1 / (norm * (norm + std::fabs(head)));  // 2 / v'v
+    multiply(s, first, ld);
+    for (int j = first; j <= k; ++j) s.w[j] = 0;
+    const f64x4 scale = splat(beta), shift = splat(-0.5 * beta * beta * dot(s.v, s.w, first, ld));
+    for (int j = first; j < ld; j += 4) store4(s.w + j, fma(shift, load4(s.v + j), scale * load4(s.w + j)));
+    rank_two_update(s, first, ld);
+  }
+  if (n > 0) diagonal[(n - 1) * step] = s.a[(n - 1) * ld + n - 1], squares[(n - 1) * step] = 0;
+}
+
+// K vectors of four tridiagonal matrices each: d[i * K + k], e2[i * K + k] hold row i.
+template <int K>
+struct Lanes {
+  f64x4 d[kMaxWindow * K];
+  f64x4 e2[kMaxWindow * K];
+};
+
+// State of one QL sweep in four lanes (the names are those of LAPACK's dsterf).
+struct Sweep {
+  f64x4 sigma, gamma, p, c, s;
+  i64x4 active;
+};
+
+// Starts a sweep for eigenvalue l with Wilkinson's shift; false in all lanes that have converged. The matrix is scaled
+// so that its largest entry is 1: an e below 2^-60 moves no eigenvalue by a float64 rounding of the largest.
+RMT_INLINE bool start_sweep(Sweep& q, f64x4 dl, f64x4 dnext, f64x4 e2, f64x4 dlast) {
+  const f64x4 relative = splat(kEpsilon * kEpsilon) * absolute(dl * dnext), floor = splat(0x1p-120);
+  q.active = e2 > (relative > floor ? relative : floor);
+  const f64x4 e = square_root(e2);
+  const f64x4 t = (dnext - dl) / (splat(2) * e);
+  const f64x4 root = square_root(fma(t, t, splat(1)));
+  q.sigma = dl - e / (t + (t < 0 ? -root : root));
+  q.gamma = dlast - q.sigma;
+  q.p = q.gamma * q.gamma;
+  q.c = splat(1);
+  q.s = splat(0);
+  return any(q.active);
+}
+
+// One step of the sweep: c = p / r, s = e2 / r, gamma' = c (d - sigma) - s gamma, p' = gamma'^2 / c with r = p + e2,
+// arranged around a single division. Where p vanishes, c = 0 and p' = c_old e2 (or nothing is rotated if e2 = 0 too).
+RMT_INLINE f64x4 step_sweep(Sweep& q, f64x4 d, f64x4 e2) {
+  const f64x4 r = q.p + e2, alpha = d - q.sigma;
+  const f64x4 u = fma(q.p, alpha, -(e2 * q.gamma)), inverse = splat(1) / (r * q.p), pi = q.p * inverse;
+  f64x4 p = u * u * inverse, gamma = u * pi, c = q.p * pi, s = e2 * pi;
+  const i64x4 vanished = q.p < splat(1e-140);
+  if (__builtin_expect(any(vanished), 0)) {
+    const i64x4 both = e2 < splat(1e-140);
+    p = vanished ? (both ? alpha * alpha : q.c * e2) : p;
+    gamma = vanished ? (both ? alpha : -q.gamma) : gamma;
+    c = vanished ? (both ? splat(1) : splat(0)) : c;
+    s = vanished ? (both ? splat(0) : splat(1)) : s;
+  }
+  const f64x4 below = q.gamma + (d - gamma);
+  q.p = p, q.gamma = gamma, q.c = c, q.s = s;
+  return below;
+}
+
+// Root-free QL: afterwards d holds the eigenvalues, in no order. NaN counts as converged, so bad input ends too.
+template <int K>
+void implicit_ql(Lanes<K>& t, int n) {
+  for (int l = 0; l + 1 < n; ++l) {
+    for (int count = 0; count < kMaxSweeps; ++count) {
+      Sweep q[K];
+      bool more = false;
+      for (int k = 0; k < K; ++k)
+        more |= start_sweep(q[k], t.d[l * K + k], t.d[(l + 1) * K + k], t.e2[l * K + k], t.d[(n - 1) * K + k]);
+      if (!more) break;
+      for (int i = n - 2; i >= l; --i) {
+        for (int k = 0; k < K; ++k) {
+          f64x4 &e2 = t.e2[i * K + k], &d_below = t.d[(i + 1) * K + k], &e2_below = t.e2[(i + 1) * K + k];
+          if (i < n - 2) e2_below = q[k].active ? q[k].s * (q[k].p + e2) : e2_below;
+          const f64x4 below = step_sweep(q[k], t.d[i * K + k], e2);
+          d_below = q[k].active ? below : d_below;
+        }
+      }
+      for (int k = 0; k < K; ++k) {
+        f64x4 &e2 = t.e2[l * K + k], &d = t.d[l * K + k];
+        e2 = q[k].active ? q[k].s * q[k].p : e2;
+        d = q[k].active ? q[k].sigma + q[k].gamma : d;
+      }
+    }
+  }
+}
+
+void sort_ascending(double* x, int n) {  // insertion: QL leaves the values nearly in order
+  for (int i = 1; i < n; ++i) {
+    const double value = x[i];
+    int j = i;
+    for (; j > 0 && x[j - 1] > value; --j) x[j] = x[j - 1];
+    x[j] = value;
+  }
+}
+
+// Divides s.a by its largest entry and returns that entry; NaN if an entry is not finite, 0 for a zero matrix.
+double normalise(Workspace& s, int n) {
+  const int size = n * round_up4(n);
+  f64x4 largest = splat(0), check = splat(0);
+  for (int i = 0; i < size; i += 4) {
+    const f64x4 x = absolute(load4(s.a + i));
+    largest = x > largest ? x : largest;
+    check += x - x;  // NaN as soon as one entry is NaN or infinite
+  }
+  if (lane_sum(check) != 0) return NAN;
+  double scale = 0;
+  for (int lane = 0; lane < 4; ++lane) scale = largest[lane] > scale ? largest[lane] : scale;
+  if (scale > 0)
+    for (int i = 0; i < size; i += 4) store4(s.a + i, load4(s.a + i) / splat(scale));
+  return scale;
+}
+
+// Runs problems first .. first + count - 1 (count <= 4 K, all of size n) through the solver. `load(workspace, i)` fills
+// the matrix of problem i, `save(i, values, scale)` takes its eigenvalues in ascending order, to be multiplied by scale.
+template <int K, class Load, class Save>
+void solve_group(int64_t first, int count, int n, const Load& load, const Save& save) {
+  Workspace work;
+  Lanes<K> lanes;
+  double scale[4 * K];
+  for (int i = 0; i < n * K; ++i) lanes.d[i] = lanes.e2[i] = splat(0);
+  const int ld = round_up4(n), step = 4 * K;
+  double *d = reinterpret_cast<double*>(lanes.d), *e2 = reinterpret_cast<double*>(lanes.e2);
+  for (int lane = 0; lane < count; ++lane) {
+    for (int i = 0; i < ld * ld; i += 4) store4(work.a + i, splat(0));
+    load(work.a, first + lane);
+    scale[lane] = normalise(work, n);
+    if (scale[lane] > 0) tridiagonalise(work, n, d + lane, e2 + lane, step);
+  }
+  implicit_ql<K>(lanes, n);
+  for (int lane = 0; lane < count; ++lane) {
+    double values[kMaxWindow];
+    for (int i = 0; i < n; ++i) values[i] = d[i * step + lane];
+    sort_ascending(values, n);
+    save(first + lane, values, scale[lane]);
+  }
+}
+
+template <class Load, class Save>
+void solve(int64_t first, int count, int n, const Load& load, const Save& save) {
+  if (count > 4)
+    solve_group<2>(first, count, n, load, save);
+  else
+    solve_group<1>(first, count, n, load, save);
+}
+
+template <class T>
+void eigvalsh(const T* matrices, T* eigenvalues, int64_t n64, int64_t begin, int64_t end) {
+  const int n = int(n64), ld = round_up4(n);
+  const auto load = [=](double* a, int64_t problem) {
+    const T* m = matrices + problem * n * n;
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j <= i; ++j) a[i * ld + j] = a[j * ld + i] = double(m[i * n + j]);
+  };
+  const auto save = [=](int64_t problem, const double* values, double scale) {
+    for (int i = 0; i < n; ++i) eigenvalues[problem * n + i] = T(values[i] * scale);
+  };
+  for (int64_t first = begin; first < end; first += 8) solve(first, int(end - first < 8 ? end - first : 8), n, load, save);
+}
+
+// The rows x rows block of one Gram matrix: a += weight * G.
+void add_gram(double* a, const float* gram, int rows, int window, double weight) {
+  const int ld = round_up4(rows);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < rows; ++j) a[i * ld + j] += weight * double(gram[i * window + j]);
+}
+
+// Trace of the block, centred or not. Centring subtracts the mean row of the window: tr(J G J) = tr G - sum(G) / rows.
+double gram_trace(const float* gram, int rows, int window, bool center) {
+  double trace = 0, sum = 0;
+  for (int i = 0; i < rows; ++i) {
+    trace += double(gram[i * window + i]);
+    if (!center) continue;
+    f64x4 part = splat(0);
+    int j = 0;
+    for (; j + 8 <= rows; j += 8) part += fold(load8(gram + i * window + j));
+    sum += lane_sum(part);
+    for (; j < rows; ++j) sum += double(gram[i * window + j]);
+  }
+  if (center) trace -= sum / rows;
+  return trace > 0 ? trace : 0.0;
+}
+
+// G -> J G J with J = I - 11'/rows: the Gram matrix of the rows less their mean, at a cost of rows^2.
+void center_gram(double* a, int rows) {
+  const int ld = round_up4(rows);
+  double mean[kMaxWindow], total = 0;
+  for (int i = 0; i < rows; ++i) {
+    f64x4 sum = splat(0);
+    for (int j = 0; j < ld; j += 4) sum += load4(a + i * ld + j);
+    mean[i] = lane_sum(sum) / rows;
+    total += mean[i] / rows;
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < rows; ++j) a[i * ld + j] += (total - mean[i]) - mean[j];
+}
+
+double log_trace(double trace, double dim) {
+  const double mean_square = trace / dim;
+  return std::log(mean_square > kSmallestTrace ? mean_square : kSmallestTrace);
+}
+
+// Fills `a` with the window's Gram matrix (one layer's, or the joined one) and returns the logarithm of its trace.
+double load_window(const DescriptorArgs& args, double* a, int64_t problem, int rows) {
+  const int window = int(args.window);
+  const int64_t size = args.window * args.window;
+  const auto gram = [&](int64_t layer) { return args.gram + (layer * args.batch + problem % args.batch) * size; };
+  double log_sum = 0, trace_sum = 0;
+  const int64_t first = args.joint == kPerLayer ? problem / args.batch : 0;
+  const int64_t last = args.joint == kPerLayer ? first + 1 : args.layers;
+  for (int64_t layer = first; layer < last; ++layer) {
+    const double trace = gram_trace(gram(layer), rows, window, args.center);
+    const bool scaled = args.joint == kJointTrace;
+    if (!scaled || trace > 0) add_gram(a, gram(layer), rows, window, scaled ? 1 / trace : 1.0);
+    trace_sum += trace;
+    log_sum += log_trace(trace, double(args.dim));
+  }
+  if (args.center) center_gram(a, rows);
+  const double layers = double(last - first);
+  return args.joint == kJointTrace ? log_sum / layers : log_trace(trace_sum, double(args.dim) * layers);
+}
+
+int rows_of(const DescriptorArgs& args, int64_t problem) {
+  return int(window_rows(args.seen[problem % args.batch * args.seen_stride], args.window));
+}
+
+}  // namespace
+
+void eigvalsh_f32(const float* m, float* w, int64_t n, int64_t begin, int64_t end) { eigvalsh(m, w, n, begin, end); }
+void eigvalsh_f64(const double* m, double* w, int64_t n, int64_t begin, int64_t end) { eigvalsh(m, w, n, begin, end); }
+
+void descriptors(const DescriptorArgs& args, int64_t begin, int64_t end) {
+  for (int64_t first = begin; first < end;) {
+    const int rows = rows_of(args, first), n = degrees_of_freedom(rows, args.center);
+    int count = 1;  // windows still filling up are solved apart: lanes share one size
+    while (count < 8 && first + count < end && rows_of(args, first + count) == rows) ++count;
+    const int64_t dim = args.joint == kPerLayer ? args.dim : args.dim * args.layers;
+    double logs[8];
+    const auto load = [&](double* a, int64_t problem) { logs[problem - first] = load_window(args, a, problem, rows); };
+    const auto save = [&](int64_t problem, const double* values, double scale) {
+      const int64_t layer = problem / args.batch, sequence = problem % args.batch;
+      float* eigenvalues = args.eigenvalues + layer * args.eigenvalues_stride[0] + sequence * args.eigenvalues_stride[1];
+      float* out = args.descriptors + layer * args.descriptors_stride[0] + sequence * args.descriptors_stride[1];
+      double lambda[kMaxWindow];
+      for (int i = 0; i < n; ++i) {
+        const double value = values[rows - 1 - i] * scale / double(dim);
+        lambda[i] = value < 0 ? 0.0 : value;
+      }
+      for (int i = 0; i < args.window; ++i) eigenvalues[i] = i < n ? float(lambda[i]) : 0.0f;
+      spectral_descriptors(lambda, n, dim, args.mp_median[n], logs[problem - first], out);
+      if (scale != scale)
+        for (int i = 0; i < kDescriptors; ++i) out[i] = NAN;
+    };
+    solve(first, count, rows, load, save);
+    first += count;
+  }
+}
+
+}  // namespace RMT_ISA
+}  // namespace rmtkernels

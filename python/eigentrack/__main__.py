@@ -1,0 +1,7 @@
+"""`python -m eigentrack`."""
+
+import sys
+
+from eigentrack.cli import main
+
+sys.exit(main())

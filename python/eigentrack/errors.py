@@ -1,0 +1,19 @@
+"""Typed errors of the monitor."""
+
+from rmtkernels.errors import RmtkernelsError
+
+
+class EigenTrackError(RmtkernelsError):
+    """Base of the monitor's errors."""
+
+
+class TapError(EigenTrackError, ValueError):
+    """The layers to watch cannot be found or do not fit the model."""
+
+
+class UnsupportedModelError(EigenTrackError, TypeError):
+    """The model cannot be watched: it is compiled already, or not decoder-only."""
+
+
+class UnsupportedGenerationError(EigenTrackError, RuntimeError):
+    """The way the model is called cannot be followed: beam search, or generation without a cache."""

@@ -1,0 +1,33 @@
+"""What the monitor keeps of a generation: buffers on the model's device that grow by doubling, never per token."""
+
+import torch
+from torch import Tensor
+
+
+class History:
+    """Per step of one request, step first: descriptors, eigenvalues, tokens, and which sequences took part."""
+
+    def __init__(self, batch: int, spectra: int, features: int, window: int, device: torch.device, capacity: int = 256) -> None:
+        self.steps = 0
+        self.descriptors = torch.empty(capacity, spectra, batch, features, device=device)
+        self.eigenvalues = torch.empty(capacity, spectra, batch, window, device=device)
+        self.tokens = torch.empty(capacity, batch, dtype=torch.int64, device=device)
+        self.watched = torch.empty(capacity, batch, dtype=torch.bool, device=device)
+
+    def next_step(self) -> int:
+        """Index of a new step, with room made for it."""
+        if self.steps == len(self.tokens):
+            for name in ("descriptors", "eigenvalues", "tokens", "watched"):
+                old = getattr(self, name)
+                setattr(self, name, torch.cat([old, torch.empty_like(old)]))
+        self.steps += 1
+        return self.steps - 1
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one field, sequence first: (B, T) or (B, T, S, ...); NaN where a sequence took no part in a step."""
+        values: Tensor = getattr(self, name)[: self.steps]
+        if not values.is_floating_point():
+            return values.t().contiguous()
+        values = values.permute(2, 0, 1, 3).contiguous()
+        values[~self.watched[: self.steps].t()] = torch.nan
+        return values

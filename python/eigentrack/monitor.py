@@ -1,0 +1,321 @@
+"""EigenTrack: watches the spectra of a language model's hidden states while it generates."""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigentrack.errors import EigenTrackError, UnsupportedGenerationError
+from eigentrack.history import History
+from eigentrack.taps import find_blocks, hidden_state, refuse_unsupported, select_layers
+from rmtkernels import DESCRIPTORS, SlidingWindow, spectrum_descriptors_
+from rmtkernels.ops.sliding_window import MAX_WINDOW
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What the monitor cost while decoding, measured inside its own calls on the host.
+
+    On a GPU the host's time is what it takes to launch the work, not the work itself.
+    """
+
+    tokens: int
+    monitor_ms_per_token: float
+    decode_ms_per_token: float
+
+    @property
+    def share(self) -> float:
+        """Monitor time over decode time (which includes it)."""
+        return self.monitor_ms_per_token / self.decode_ms_per_token if self.tokens else 0.0
+
+
+class EigenTrack:
+    """Context manager that watches a decoder-only transformers model.
+
+    Each watched layer keeps the last `window` hidden states of each sequence as a Gram matrix; after every step its
+    eigenvalues and their descriptors are stored. The model's outputs are bit-identical, no gradient graph is kept, and
+    every hook is gone when the block ends. A forward pass with an empty cache starts a new request.
+
+    Args:
+        model: the model, not yet compiled.
+        layers: "every:k" (each k-th block, counted from the last), "all", or block indices.
+        spectra: "per_layer" for one spectrum per layer, "joint" for one of the layers' summed Gram matrices.
+        window: N, the number of activations per window, 1 to 128.
+        start: "answer" watches what is generated (each token fed with a cache behind it), "prompt" every token.
+        modules: modules to watch instead of blocks; each must return a (B, T, D) hidden state.
+        center: subtract the window's mean activation.
+        layer_scale: for joint spectra, "trace" divides each layer's Gram matrix by its own trace, "none" does not (the
+            paper's concatenation, which sees the loudest layer only).
+        end_tokens: tokens that end a sequence; by default those of the model's generation config. Tokens from the
+            end on are not watched, so that a sequence's result does not depend on the others in its batch.
+
+    Raises:
+        TapError, UnsupportedModelError: on entry, before any hook is set.
+        UnsupportedGenerationError: while generating, for beam search or generation without a cache.
+
+    Source: EigenTrack (arXiv 2509.15735) sections III-A and III-B.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | Sequence[int] = "every:3",
+        spectra: str = "per_layer",
+        window: int = 32,
+        start: str = "answer",
+        *,
+        modules: Sequence[nn.Module] | None = None,
+        center: bool = True,
+        layer_scale: str = "trace",
+        end_tokens: Sequence[int] | None = None,
+    ) -> None:
+        _check_choice("spectra", spectra, ("per_layer", "joint"))
+        _check_choice("start", start, ("answer", "prompt"))
+        _check_choice("layer_scale", layer_scale, ("trace", "none"))
+        if not 1 <= window <= MAX_WINDOW:
+            raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
+        self.model = model
+        if modules is None:
+            blocks = find_blocks(model)
+            self.layers = select_layers(layers, len(blocks))
+            self._taps = [blocks[index] for index in self.layers]
+        else:
+            self.layers = list(range(len(modules)))
+            self._taps = list(modules)
+        self.spectra = spectra
+        self.window = window
+        self.center = center
+        self._joint = layer_scale if spectra == "joint" else None
+        self._prompt_too = start == "prompt"
+        self._end_tokens = _end_tokens(model) if end_tokens is None else list(end_tokens)
+        self._hooks: list[Any] = []
+        self._guarded_cache: Any = None
+        self._state: SlidingWindow | None = None
+        self._history: History | None = None
+        self._alive: Tensor | None = None
+        self._rows: list[Any] = []  # outputs of the taps in the running forward pass; empty if it is not watched
+        self._missing = 0
+        self._forwards = 0
+        self._reset_clock()
+
+    # What the user reads
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the F descriptors: "layer12.entropy", or "entropy" for joint spectra."""
+        if self._joint is not None:
+            return list(DESCRIPTORS)
+        return [f"layer{layer}.{name}" for layer in self.layers for name in DESCRIPTORS]
+
+    @property
+    def descriptors(self) -> Tensor:
+        """(B, T, F) float32; [:, t] belongs to the token fed at step t. NaN where a sequence was not watched."""
+        return self._read("descriptors").flatten(2)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """(B, T, S, N) float32, largest first, S the number of watched layers, or 1 for joint spectra."""
+        return self._read("eigenvalues")
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T) int64: the token fed at each step; -1 where the model was fed embeddings."""
+        return self._read("tokens")
+
+    @property
+    def watching(self) -> bool:
+        """Whether a token of the running request has been watched yet; until then there is nothing to read."""
+        return self._history is not None
+
+    @property
+    def steps(self) -> int:
+        """T: steps of the running request watched so far."""
+        return 0 if self._history is None else self._history.steps
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: how many steps of each sequence were watched."""
+        return self._read("watched").sum(1)
+
+    def overhead(self) -> Overhead:
+        """What the monitor cost per decoded token, over all requests so far."""
+        tokens = max(self._decode_steps, 1)
+        return Overhead(self._decode_steps, self._monitor_ns / tokens / 1e6, self._decode_ns / tokens / 1e6)
+
+    # Attaching
+
+    def __enter__(self) -> "EigenTrack":
+        if self._hooks:
+            raise EigenTrackError("this EigenTrack is attached already")
+        refuse_unsupported(self.model)
+        self._forwards = 0
+        self._hooks.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        for position, module in enumerate(self._taps):
+            self._hooks.append(module.register_forward_hook(self._tap(position)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._guard_cache(None)
+        self._rows = []
+        if kind is None and not self._forwards:
+            warnings.warn(
+                "EigenTrack saw no forward pass. A model that was compiled before never calls its hooks: "
+                "attach first, or call torch._dynamo.reset()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    # What runs inside the model's forward pass
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered = time.perf_counter_ns()
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        batch, steps = (embeds if ids is None else ids).shape[:2]
+        cache = kwargs.get("past_key_values")
+        decoding = cache is not None and steps == 1 and cache.get_seq_length() > 0
+        if not decoding and not self._prompt_too and not self._uses_cache(kwargs):
+            raise UnsupportedGenerationError(
+                "without a key-value cache every step feeds the whole text again: generate with use_cache=True, "
+                'or watch single passes with start="prompt"'
+            )
+        self._guard_cache(cache)
+        self._forwards += 1
+        fresh = cache is None or cache.get_seq_length() == 0 or not (decoding or self._prompt_too)
+        if fresh or self._alive is None or len(self._alive) != batch:
+            self._begin(batch, (embeds if ids is None else ids).device)
+        self._ids, self._mask = ids, self._row_mask(kwargs.get("attention_mask"), ids, steps, decoding)
+        self._rows = [None] * len(self._taps) if decoding or self._prompt_too else []
+        self._missing = len(self._taps)
+        self._clock_step(entered, decoding)
+
+    def _tap(self, position: int) -> Callable[[nn.Module, Any, Any], None]:
+        def collect(module: nn.Module, args: Any, output: Any) -> None:
+            rows = self._rows
+            if not rows:  # a pass that is not watched, or recomputation after it
+                return
+            entered = time.perf_counter_ns()
+            if rows[position] is not None:
+                raise EigenTrackError(f"{type(module).__name__} ran twice in one forward pass; watch its callers instead")
+            rows[position] = output
+            self._missing -= 1
+            if not self._missing:
+                self._rows = []
+                self._push([hidden_state(row) for row in rows])
+            self._step_ns += time.perf_counter_ns() - entered
+
+        return collect
+
+    @torch.no_grad()
+    def _push(self, rows: list[Tensor]) -> None:
+        """Takes the (B, T, D) hidden states of one forward pass, one per tap, token by token."""
+        state, history = self._state_for(rows[0]), self._history
+        assert history is not None
+        tokens, mask, steps = self._ids, self._mask, rows[0].shape[1]
+        for t in range(steps):
+            one = slice(t, t + 1)
+            step = history.next_step()
+            state.update(rows if steps == 1 else [row[:, one] for row in rows], mask if mask is None or steps == 1 else mask[:, one])
+            spectrum_descriptors_(
+                history.descriptors[step],
+                history.eigenvalues[step],
+                state.gram,
+                state.rows,
+                rows[0].shape[2],
+                center=self.center,
+                joint=self._joint,
+            )
+            torch.ge(state.seen[:, 2], 0, out=history.watched[step])
+            history.tokens[step] = -1 if tokens is None else tokens[:, t]
+
+    def _row_mask(self, attention_mask: Tensor | None, ids: Tensor | None, steps: int, decoding: bool) -> Tensor | None:
+        """(B, T) bool: rows to push. Padding is not, nor is anything from a sequence's end token on."""
+        if not decoding:
+            padded = attention_mask is not None and attention_mask.dim() == 2
+            return attention_mask[:, -steps:].bool() if padded and attention_mask is not None else None
+        assert self._alive is not None
+        if ids is not None:
+            for token in self._end_tokens:
+                self._alive.logical_and_(ids[:, 0] != token)
+        return self._alive[:, None]
+
+    # State
+
+    def _begin(self, batch: int, device: torch.device) -> None:
+        """A new request: empty windows, empty history."""
+        self._alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self._history = None
+        if self._state is not None:
+            self._state.reset()
+
+    def _state_for(self, rows: Tensor) -> SlidingWindow:
+        batch, _, dim = rows.shape
+        shape = (len(self._taps), batch, self.window, dim)
+        state = self._state
+        if state is None or state.ring.shape != shape or state.ring.dtype != rows.dtype or state.ring.device != rows.device:
+            state = self._state = SlidingWindow(*shape, dtype=rows.dtype, device=rows.device)
+        if self._history is None:
+            spectra = len(self._taps) if self._joint is None else 1
+            self._history = History(batch, spectra, len(DESCRIPTORS), self.window, rows.device)
+        return state
+
+    def _read(self, name: str) -> Tensor:
+        if self._history is None:
+            raise EigenTrackError('nothing has been watched yet: with start="answer" that begins with the first generated token')
+        return self._history.read(name)
+
+    # Beam search reorders the cache between steps, and windows would belong to the wrong beams
+
+    def _guard_cache(self, cache: Any) -> None:
+        if cache is self._guarded_cache:
+            return
+        if self._guarded_cache is not None:
+            self._guarded_cache.__dict__.pop("reorder_cache", None)
+        self._guarded_cache = cache
+        if cache is not None:
+            cache.reorder_cache = _refuse_reordering
+
+    def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
+        use_cache = kwargs.get("use_cache")
+        return bool(getattr(getattr(self.model, "config", None), "use_cache", True) if use_cache is None else use_cache)
+
+    # Clock: a decode step lasts from one forward pass to the next; only steps seen to their end are counted
+
+    def _reset_clock(self) -> None:
+        self._decode_steps = self._decode_ns = self._monitor_ns = 0
+        self._step_ns = 0
+        self._step_began: int | None = None
+
+    def _clock_step(self, entered: int, decoding: bool) -> None:
+        if decoding and self._step_began is not None:
+            self._decode_steps += 1
+            self._decode_ns += entered - self._step_began
+            self._monitor_ns += self._step_ns
+        self._step_began = entered if decoding else None
+        self._step_ns = time.perf_counter_ns() - entered
+
+
+def _refuse_reordering(*args: Any, **kwargs: Any) -> None:
+    raise UnsupportedGenerationError("beam search moves sequences between steps, which EigenTrack does not follow: use num_beams=1")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise EigenTrackError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _end_tokens(model: nn.Module) -> list[int]:
+    """End and padding tokens of the model's generation config: what generate() feeds once a sequence is over."""
+    config = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    tokens: set[int] = set()
+    for name in ("eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        tokens.update(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
+    return sorted(tokens)

@@ -1,0 +1,64 @@
+"""Which modules are watched: the transformer's blocks, found by structure, or modules named by the user."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from eigentrack.errors import TapError, UnsupportedModelError
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer: the largest outermost `nn.ModuleList`, by parameters.
+
+    Raises:
+        TapError: if there is none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        raise TapError(f"no list of blocks in {type(model).__name__}; name the modules to watch with modules=[...]")
+    return list(max(outer, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+
+
+def select_layers(layers: str | Sequence[int], depth: int) -> list[int]:
+    """Indices of the blocks to watch. "every:k" takes every k-th counted from the last, so the last is among them.
+
+    Raises:
+        TapError: on an unknown word, an index out of range or a repeated one.
+    """
+    if layers == "all":
+        return list(range(depth))
+    if isinstance(layers, str):
+        step = layers.removeprefix("every:")
+        if step == layers or not step.isdigit() or int(step) < 1:
+            raise TapError(f'layers must be "all", "every:k" with k >= 1, or a list of indices, got {layers!r}')
+        return sorted(range(depth - 1, -1, -int(step)))
+    chosen = [index + depth if index < 0 else index for index in layers]
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= index < depth for index in chosen):
+        raise TapError(f"layers must be distinct indices of the model's {depth} blocks, got {list(layers)}")
+    return sorted(chosen)
+
+
+def hidden_state(output: object) -> torch.Tensor:
+    """The (B, T, D) hidden state in a module's output: the output itself or its first element.
+
+    Raises:
+        TapError: if it is not there.
+    """
+    hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
+        raise TapError(f"a watched module must return a (B, T, D) tensor, or a tuple that starts with one, got {type(hidden)}")
+    return hidden
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raises UnsupportedModelError for models on which hooks would silently do nothing, or that are not decoder-only."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; EigenTrack watches decoder-only models")
+    compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call", None)
+    if compiled or any(module._compiled_call_impl is not None for module in model.modules()):
+        raise UnsupportedModelError(
+            "the model is compiled already, and a compiled model never calls hooks attached later: "
+            "enter EigenTrack with the plain model first, or leave torch.compile out"
+        )

@@ -1,0 +1,122 @@
+"""Generates from prompts and prints each token with its spectral descriptors as it comes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigentrack.monitor import EigenTrack, Overhead
+from rmtkernels import DESCRIPTORS
+
+# 256-colour codes from calm to alarmed; the rank of a token's entropy among those so far picks one.
+_COLOURS = (27, 33, 39, 44, 48, 82, 154, 190, 220, 208, 196)
+_COLUMNS = ("share_1", "entropy", "participation", "above_edge")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One generation: its text, and per watched token descriptors (T, S, F) and eigenvalues (T, S, N)."""
+
+    prompt: str
+    text: str
+    descriptors: Tensor
+    eigenvalues: Tensor
+    layers: list[int]
+    overhead: Overhead
+
+
+class _Printer:
+    """A stopping criterion that never stops: generate() calls it after every token."""
+
+    def __init__(self, track: EigenTrack, tokenizer: Any, colour: bool, write: Callable[[str], None]) -> None:
+        self.track, self.tokenizer, self.colour, self.write = track, tokenizer, colour, write
+        self.printed = 0
+        self.entropies: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.catch_up()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def catch_up(self) -> None:
+        """Prints the tokens that have been fed since the last call."""
+        if not self.track.watching or self.track.steps == self.printed:
+            return
+        layers = self.track.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS)))  # (T, S, F)
+        tokens = self.track.tokens[0]
+        while self.printed < len(tokens):
+            self._line(self.printed, int(tokens[self.printed]), layers[self.printed].mean(0))
+            self.printed += 1
+
+    def _line(self, step: int, token: int, mean: Tensor) -> None:
+        values = [float(mean[DESCRIPTORS.index(name)]) for name in _COLUMNS]
+        fullness = relative_entropy(values[1], step, self.track.window, self.track.center)
+        self.entropies.append(fullness)
+        text = f"{printable(self.tokenizer.decode([token])):<16.16}"
+        if self.colour:
+            text = _paint(text, sum(e <= fullness for e in self.entropies) / len(self.entropies))
+        bar = "▇" * round(20 * fullness)
+        self.write(f"{step:4d}  {text}  {values[0]:7.3f}  {values[1]:7.3f}  {values[2]:7.2f}  {values[3]:5.1f}  {bar}")
+
+
+def watch(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 96,
+    colour: bool = True,
+    write: Callable[[str], None] = print,
+    **options: Any,
+) -> Watched:
+    """Generates greedily from one prompt, printing as it goes; `options` go to EigenTrack.
+
+    Raises:
+        What EigenTrack raises.
+    """
+    from transformers import StoppingCriteriaList
+
+    inputs = encode(tokenizer, prompt).to(model.device)
+    with EigenTrack(model, **options) as track:
+        what = "mean over the watched layers" if track.spectra == "per_layer" else "the joint spectrum"
+        write(f"prompt: {printable(prompt)}")
+        write(f"layers {', '.join(map(str, track.layers))}; window {track.window}; {what}")
+        write(f"{'step':>4}  {'token':<16}  {'λ₁/Σλ':>7}  {'entropy':>7}  {'eff.rank':>7}  {'>edge':>5}  entropy / ln n")
+        printer = _Printer(track, tokenizer, colour, write)
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList([printer])
+        )
+        printer.catch_up()
+    return Watched(
+        prompt,
+        tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
+        track.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS))),
+        track.eigenvalues[0],
+        track.layers,
+        track.overhead(),
+    )
+
+
+def encode(tokenizer: Any, prompt: str) -> Any:
+    """The prompt as model inputs, through the chat template if the tokenizer has one."""
+    if getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer(prompt, return_tensors="pt")
+
+
+def relative_entropy(entropy: float, step: int, window: int, center: bool) -> float:
+    """Entropy as a share of its maximum ln n, so that a window still filling up compares with a full one."""
+    n = min(step + 1, window) - int(center)
+    return entropy / math.log(n) if n > 1 else 0.0
+
+
+def printable(text: str) -> str:
+    """Text on one line, without control characters: what a model writes must not drive the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _paint(text: str, rank: float) -> str:
+    return f"\x1b[38;5;{_COLOURS[round(rank * (len(_COLOURS) - 1))]}m{text}\x1b[0m"

@@ -1,0 +1,123 @@
+"""Which backend runs, and why.
+
+The order for a tensor is its device's compiled kernel, then the float64 reference. A choice made by hand never falls
+back: `backend=` of a call beats `use_backend`, which beats the variable RMTKERNELS_BACKEND. If the compiled kernel is
+missing and nothing was chosen, the reference runs and says so once. Under torch.compile the choice is made while tracing.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rmtkernels import _native
+from rmtkernels.errors import BackendError
+
+OPERATORS = ("window_push_", "window_gram", "spectrum_eigvalsh", "spectrum_descriptors_")
+BACKENDS = ("cpu", "cuda", "reference")
+
+_LIBRARY_OF = {"cpu": "_C", "cuda": "_C_cuda"}
+_forced: list[str | None] = [os.environ.get("RMTKERNELS_BACKEND") or None]  # the innermost choice last
+_warned: set[str] = set()
+_available: dict[tuple[str, str], str] = {}
+
+
+def cpu_isa() -> str:
+    """Instruction set the CPU kernels use: "avx2" or "baseline"; "none" if they are not built."""
+    return _native.cpu_isa()
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """Instruction sets that were built and that this processor has, best first."""
+    return _native.cpu_isas()
+
+
+def set_cpu_isa(name: str) -> None:
+    """Use "avx2", "baseline" or the best one ("auto") from now on, in every thread.
+
+    Raises:
+        BackendError: if it was not built or this processor lacks it.
+    """
+    if not _native.set_cpu_isa(name):
+        raise BackendError(f"instruction set {name!r} is not available here; there is: {', '.join(cpu_isas()) or 'none'}")
+
+
+def backends(operator: str) -> dict[str, str]:
+    """Backend name -> "available", or why it is not."""
+    return {backend: _status(operator, backend) for backend in BACKENDS}
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block every operator uses `backend` ("cpu", "cuda" or "reference"), in every thread.
+
+    Raises:
+        BackendError: if there is no such backend.
+    """
+    _forced.append(_checked(backend))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def select(operator: str, device: torch.device, backend: str | None = None) -> str:
+    """The backend that `operator` uses for tensors on `device`.
+
+    Raises:
+        BackendError: if the backend asked for is missing, or does not run on `device`.
+    """
+    chosen = backend if backend is not None else _forced[-1]
+    if chosen is None:
+        return _automatic(operator, device.type)
+    if _checked(chosen) == "reference":
+        return chosen
+    if chosen != device.type:
+        raise BackendError(f"{operator}: backend {chosen!r} was asked for, but the tensors are on {device.type!r}")
+    if _status(operator, chosen) != "available":
+        raise BackendError(f"{operator}: backend {chosen!r} was asked for: {_status(operator, chosen)}")
+    return chosen
+
+
+def _automatic(operator: str, device_type: str) -> str:
+    if device_type == "meta" or _status(operator, device_type) == "available":
+        return device_type
+    if operator not in _warned:
+        _warned.add(operator)
+        warnings.warn(
+            f"rmtkernels: {operator} runs on its slow float64 reference: {device_type}: {_status(operator, device_type)} "
+            "(`python -m rmtkernels` says more)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return "reference"
+
+
+def _checked(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}; there is: {', '.join(BACKENDS)}")
+    return backend
+
+
+def _status(operator: str, backend: str) -> str:
+    key = (operator, backend)
+    if key not in _available:
+        _available[key] = _find_status(operator, backend)
+    return _available[key]
+
+
+def _find_status(operator: str, backend: str) -> str:
+    if backend == "reference":
+        return "available"
+    library = _LIBRARY_OF.get(backend)
+    if library is None:
+        return f"rmtkernels has no kernels for {backend!r}"
+    if _native.STATUS[library] != "loaded":
+        return f"rmtkernels.{library} {_native.STATUS[library]}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rmtkernels::{operator}", backend.upper()):
+        return f"no {backend} kernel yet"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "built, but this torch sees no CUDA device"
+    return "available"

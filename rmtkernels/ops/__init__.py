@@ -1,0 +1,13 @@
+"""The public operators: contract, checks, fake kernels."""
+
+from rmtkernels.ops.sliding_window import window_gram, window_push_
+from rmtkernels.ops.spectrum import DESCRIPTORS, spectrum_descriptors, spectrum_descriptors_, spectrum_eigvalsh
+
+__all__ = [
+    "DESCRIPTORS",
+    "spectrum_descriptors",
+    "spectrum_descriptors_",
+    "spectrum_eigvalsh",
+    "window_gram",
+    "window_push_",
+]

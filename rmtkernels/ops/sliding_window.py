@@ -1,0 +1,166 @@
+"""sliding_window: the Gram matrix of the last N activations, one token at a time or for a whole sequence."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rmtkernels._library import define
+from rmtkernels.dispatch import select
+from rmtkernels.errors import DeviceError, DtypeError, ShapeError
+from rmtkernels.reference import sliding_window as reference
+
+MAX_WINDOW = 128
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+define("window_push_(Tensor(a!) ring, Tensor(b!) gram, Tensor(c!) seen, Tensor[] rows, Tensor? mask=None) -> ()")
+define("window_gram(Tensor hidden, int window, int stride=1, Tensor? mask=None) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("rmtkernels::window_push_")
+def _window_push_fake(ring: Tensor, gram: Tensor, seen: Tensor, rows: list[Tensor], mask: Tensor | None = None) -> None:
+    return None
+
+
+@torch.library.register_fake("rmtkernels::window_gram")
+def _window_gram_fake(hidden: Tensor, window: int, stride: int = 1, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    batch, windows = hidden.shape[0], hidden.shape[1] // stride
+    gram = hidden.new_empty((batch, windows, window, window), dtype=torch.float32)
+    return gram, hidden.new_empty((batch, windows), dtype=torch.int64)
+
+
+def window_push_(
+    ring: Tensor,
+    gram: Tensor,
+    seen: Tensor,
+    rows: Sequence[Tensor],
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Pushes one or more rows into the windows of many streams (layers x sequences), in place.
+
+    Each row goes into the next slot of its ring; its inner products with the slots in use refresh one row and one column
+    of the Gram matrix. Nothing is accumulated over time, so there is no drift. A row with NaN or Inf in any layer (or a
+    squared norm beyond float32) is skipped in all layers, as a masked row is, and counted.
+
+    Args:
+        ring: (L, B, N, D) float32, bfloat16 or float16, contiguous. Last N rows of each layer and sequence, N <= 128.
+        gram: (L, B, N, N) float32, contiguous. Gram matrix of each ring, in the order of its slots.
+        seen: (B, 3) int64, contiguous. Per sequence: rows accepted, rows rejected as not finite, and the slot of the
+            row offered last (-1 if it was skipped).
+        rows: one tensor per layer, (B, D) or (B, T, D), the ring's dtype and device, any strides.
+        mask: (B,) or (B, T) bool; rows where it is False are skipped.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: on bad arguments, before anything is written.
+        BackendError: if `backend` is missing.
+
+    Source: EigenTrack (arXiv 2509.15735) section III-A gives the window; the Gram form is ours.
+    """
+    _check_push_state(ring, gram, seen)
+    push_rows_(ring, gram, seen, rows, mask, backend)
+
+
+def push_rows_(
+    ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor], mask: Tensor | None, backend: str | None = None
+) -> None:
+    """`window_push_` for a state that is known to be well formed: checks the rows alone."""
+    _check_rows(ring, rows, mask)
+    if torch.is_grad_enabled():
+        rows = [row.detach() for row in rows]
+    if select("window_push_", ring.device, backend) == "reference":
+        reference.window_push_ref_(ring, gram, seen, list(rows), mask)
+    else:
+        torch.ops.rmtkernels.window_push_(ring, gram, seen, rows, mask)
+
+
+def window_gram(
+    hidden: Tensor, window: int, stride: int = 1, mask: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gram matrices of all windows of whole sequences; each inner product is computed once (T N D work).
+
+    Window w holds what pushing rows 0 .. (w + 1) stride - 1 one by one would leave, slot by slot.
+
+    Args:
+        hidden: (B, T, D) float32, bfloat16 or float16, any strides.
+        window: N, 1 to 128.
+        stride: rows from one window to the next.
+        mask: (B, T) bool; rows where it is False are skipped, as are rows that are not finite.
+        backend: "cpu" or "reference" instead of the automatic choice.
+
+    Returns:
+        gram (B, T // stride, N, N) float32, zero in slots not yet in use, and seen (B, T // stride) int64, the rows
+        accepted up to the end of each window.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, BackendError: as `window_push_`.
+    """
+    if hidden.dim() != 3:
+        raise ShapeError(f"hidden must be (B, T, D), got {tuple(hidden.shape)}")
+    _check_window(window)
+    if stride < 1:
+        raise ShapeError(f"stride must be at least 1, got {stride}")
+    _check_dtype("hidden", hidden)
+    if mask is not None:
+        _check_mask(mask, tuple(hidden.shape[:2]), hidden.device)
+    if select("window_gram", hidden.device, backend) == "reference":
+        return reference.window_gram_ref(hidden, window, stride, mask)
+    return torch.ops.rmtkernels.window_gram(hidden.detach(), window, stride, mask)  # type: ignore[no-any-return]
+
+
+def _check_push_state(ring: Tensor, gram: Tensor, seen: Tensor) -> None:
+    if ring.dim() != 4 or not ring.is_contiguous():
+        raise ShapeError(f"ring must be contiguous (L, B, N, D), got {tuple(ring.shape)}, strides {ring.stride()}")
+    layers, batch, window, dim = ring.shape
+    _check_window(window)
+    _check_dtype("ring", ring)
+    _check_state("gram", gram, (layers, batch, window, window), torch.float32, ring.device)
+    _check_state("seen", seen, (batch, 3), torch.int64, ring.device)
+
+
+def _check_rows(ring: Tensor, rows: Sequence[Tensor], mask: Tensor | None) -> None:
+    layers, batch, _, dim = ring.shape
+    if len(rows) != layers:
+        raise ShapeError(f"rows must hold one tensor for each of the {layers} layers of the ring, got {len(rows)}")
+    shape = rows[0].shape if layers else torch.Size((batch, dim))
+    if len(shape) not in (2, 3) or shape[0] != batch or shape[-1] != dim:
+        raise ShapeError(f"rows must be ({batch}, {dim}) or ({batch}, T, {dim}) each, got {tuple(shape)}")
+    for row in rows:
+        if row.shape != shape:
+            raise ShapeError(f"rows must all have one shape, got {tuple(shape)} and {tuple(row.shape)}")
+        if row.dtype != ring.dtype:
+            raise DtypeError(f"rows must have the ring's dtype {ring.dtype}, got {row.dtype}")
+        if row.device != ring.device:
+            raise DeviceError(f"rows must be on the ring's device {ring.device}, got {row.device}")
+    if mask is not None:
+        _check_mask(mask, tuple(shape[:-1]), ring.device)
+
+
+def _check_window(window: int) -> None:
+    if not 1 <= window <= MAX_WINDOW:
+        raise ShapeError(f"window must be 1 to {MAX_WINDOW}, got {window}")
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in ACTIVATION_DTYPES:
+        raise DtypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def _check_state(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.shape != shape or not tensor.is_contiguous():
+        raise ShapeError(f"{name} must be contiguous {shape}, got {tuple(tensor.shape)}, strides {tensor.stride()}")
+    if tensor.dtype != dtype:
+        raise DtypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise DeviceError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if mask.shape != shape:
+        raise ShapeError(f"mask must be {shape}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool:
+        raise DtypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.device != device:
+        raise DeviceError(f"mask must be on {device}, got {mask.device}")

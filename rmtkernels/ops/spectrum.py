@@ -1,0 +1,180 @@
+"""spectrum: eigenvalues of many small symmetric matrices, and the descriptors made of them."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rmtkernels import laws
+from rmtkernels._library import define
+from rmtkernels.dispatch import select
+from rmtkernels.errors import DeviceError, DtypeError, ShapeError
+from rmtkernels.ops.sliding_window import MAX_WINDOW
+from rmtkernels.reference import spectrum as reference
+
+# The order of csrc/include/rmtkernels/spectrum.h; formulas in docs/conventions.md.
+DESCRIPTORS = (
+    *(f"share_{i}" for i in range(1, 6)),
+    *(f"ratio_{i}" for i in range(1, 5)),
+    "log_trace",
+    "entropy",
+    "participation",
+    "above_edge",
+)
+_JOINT = {None: 0, "none": 1, "trace": 2}
+
+define("spectrum_eigvalsh(Tensor matrices) -> Tensor")
+define(
+    "spectrum_descriptors_(Tensor(a!) descriptors, Tensor(b!) eigenvalues, Tensor gram, Tensor seen, "
+    "Tensor mp_median, int dim, bool center, int joint) -> ()"
+)
+
+
+@torch.library.register_fake("rmtkernels::spectrum_eigvalsh")
+def _spectrum_eigvalsh_fake(matrices: Tensor) -> Tensor:
+    return matrices.new_empty(matrices.shape[:-1])
+
+
+@torch.library.register_fake("rmtkernels::spectrum_descriptors_")
+def _spectrum_descriptors_fake(
+    descriptors: Tensor,
+    eigenvalues: Tensor,
+    gram: Tensor,
+    seen: Tensor,
+    mp_median: Tensor,
+    dim: int,
+    center: bool,
+    joint: int,
+) -> None:
+    return None
+
+
+def spectrum_eigvalsh(matrices: Tensor, *, backend: str | None = None) -> Tensor:
+    """All eigenvalues of many small symmetric matrices, as `torch.linalg.eigvalsh`.
+
+    Computed in float64 whatever the input: the error is a few float64 roundings of the largest eigenvalue, so that
+    eigenvalues far below it keep their digits.
+
+    Args:
+        matrices: (..., N, N) float32 or float64, N <= 128. Only the lower triangle is read.
+        backend: "cpu" or "reference" instead of the automatic choice.
+
+    Returns:
+        (..., N) of the input's dtype, ascending. NaN for a matrix with an entry that is not finite. No gradient.
+
+    Raises:
+        ShapeError, DtypeError: on bad arguments.
+        BackendError: if `backend` is missing.
+    """
+    if matrices.dim() < 2 or matrices.shape[-1] != matrices.shape[-2]:
+        raise ShapeError(f"matrices must be (..., N, N), got {tuple(matrices.shape)}")
+    if not 1 <= matrices.shape[-1] <= MAX_WINDOW:
+        raise ShapeError(f"N must be 1 to {MAX_WINDOW}, got {matrices.shape[-1]}; use torch.linalg.eigvalsh beyond")
+    if matrices.dtype not in (torch.float32, torch.float64):
+        raise DtypeError(f"matrices must be float32 or float64, got {matrices.dtype}")
+    if select("spectrum_eigvalsh", matrices.device, backend) == "reference":
+        return reference.spectrum_eigvalsh_ref(matrices.detach()).to(matrices.dtype)
+    return torch.ops.rmtkernels.spectrum_eigvalsh(matrices.detach())  # type: ignore[no-any-return]
+
+
+def spectrum_descriptors(
+    gram: Tensor,
+    seen: Tensor,
+    dim: int,
+    *,
+    center: bool = True,
+    joint: str | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and spectral descriptors of the windows behind Gram matrices, in one call.
+
+    The eigenvalues are those of G / D, largest first. A centred window has rows - 1 of them. Absent ones are 0.
+
+    Args:
+        gram: (L, B, N, N) float32: Gram matrices of L layers and B sequences, N <= 128, as `window_push_` leaves them.
+        seen: (B,) int64: rows pushed so far; the first min(seen, N) slots are in use.
+        dim: width D of a row of one layer.
+        center: subtract the mean row of the window first (on the Gram matrix, in float64).
+        joint: None for one spectrum per layer; "trace" or "none" for one spectrum per sequence from the sum of its
+            layers' Gram matrices, each divided by its own trace or as it is (the concatenated activations, width L D).
+        backend: "cpu" or "reference" instead of the automatic choice.
+
+    Returns:
+        descriptors (L, B, F), named by `DESCRIPTORS`, and eigenvalues (L, B, N), float32; L is 1 if joint.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: on bad arguments.
+        BackendError: if `backend` is missing.
+
+    Source: EigenTrack (arXiv 2509.15735) section III-B; scales, floors and the dual form are ours (docs/conventions.md).
+    """
+    _check_gram(gram)
+    layers, batch, window = gram.shape[:3]
+    spectra = layers if joint is None else 1
+    descriptors = gram.new_empty(spectra, batch, len(DESCRIPTORS))
+    eigenvalues = gram.new_empty(spectra, batch, window)
+    spectrum_descriptors_(
+        descriptors, eigenvalues, gram.contiguous(), seen, dim, center=center, joint=joint, backend=backend
+    )
+    return descriptors, eigenvalues
+
+
+def spectrum_descriptors_(
+    descriptors: Tensor,
+    eigenvalues: Tensor,
+    gram: Tensor,
+    seen: Tensor,
+    dim: int,
+    *,
+    center: bool = True,
+    joint: str | None = None,
+    backend: str | None = None,
+) -> None:
+    """`spectrum_descriptors` into buffers of the caller's: float32, unit last stride, gram contiguous. Allocates nothing."""
+    _check_gram(gram)
+    layers, batch, window = gram.shape[:3]
+    if joint not in _JOINT:
+        raise ShapeError(f'joint must be None, "trace" or "none", got {joint!r}')
+    if dim < 1:
+        raise ShapeError(f"dim must be positive, got {dim}")
+    if seen.shape != (batch,):
+        raise ShapeError(f"seen must be ({batch},), got {tuple(seen.shape)}")
+    if seen.dtype != torch.int64:
+        raise DtypeError(f"seen must be int64, got {seen.dtype}")
+    if seen.device != gram.device:
+        raise DeviceError(f"seen must be on the Gram matrices' device {gram.device}, got {seen.device}")
+    spectra = layers if joint is None else 1
+    _check_out("descriptors", descriptors, (spectra, batch, len(DESCRIPTORS)), gram.device)
+    _check_out("eigenvalues", eigenvalues, (spectra, batch, window), gram.device)
+    if select("spectrum_descriptors_", gram.device, backend) == "reference":
+        values = reference.spectrum_descriptors_ref(gram, seen, dim, center=center, joint=joint)
+        descriptors.copy_(values[0])
+        eigenvalues.copy_(values[1])
+        return
+    medians = median_table(window, dim if joint is None else dim * layers, gram.device)
+    torch.ops.rmtkernels.spectrum_descriptors_(descriptors, eigenvalues, gram, seen, medians, dim, center, _JOINT[joint])
+
+
+@lru_cache(maxsize=256)
+def median_table(window: int, dim: int, device: torch.device) -> Tensor:
+    """(window + 1,) float64: entry n is the Marchenko-Pastur median of n eigenvalues of rows of width `dim`."""
+    medians = [1.0] + [laws.marchenko_pastur_median(n / dim) for n in range(1, window + 1)]
+    return torch.tensor(medians, dtype=torch.float64, device=device)
+
+
+def _check_gram(gram: Tensor) -> None:
+    if gram.dim() != 4 or gram.shape[-1] != gram.shape[-2]:
+        raise ShapeError(f"gram must be (L, B, N, N), got {tuple(gram.shape)}")
+    if not 1 <= gram.shape[-1] <= MAX_WINDOW:
+        raise ShapeError(f"N must be 1 to {MAX_WINDOW}, got {gram.shape[-1]}")
+    if gram.dtype != torch.float32:
+        raise DtypeError(f"gram must be float32, got {gram.dtype}")
+
+
+def _check_out(name: str, out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if out.shape != shape or out.stride(-1) != 1:
+        raise ShapeError(f"{name} must be {shape} with unit last stride, got {tuple(out.shape)}, strides {out.stride()}")
+    if out.dtype != torch.float32:
+        raise DtypeError(f"{name} must be float32, got {out.dtype}")
+    if out.device != device:
+        raise DeviceError(f"{name} must be on {device}, got {out.device}")
