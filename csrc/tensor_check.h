@@ -37,18 +37,17 @@ inline PushShape check_window_push(const Tensor& ring, const Tensor& gram, const
                       seen.size(1) == kSeenColumns,
                   "window_push_: seen must be contiguous int64 (B, ", int(kSeenColumns), ")");
   STD_TORCH_CHECK(int64_t(rows.size()) == L, "window_push_: got rows of ", rows.size(), " layers, the ring has ", L);
+  const bool flat = L == 0 || rows[0].dim() == 2;
   const int64_t T = L > 0 && rows[0].dim() == 3 ? rows[0].size(1) : 1;
   for (const Tensor& row : rows) {
-    const bool flat = row.dim() == 2;
-    STD_TORCH_CHECK((flat || row.dim() == 3) && row.size(0) == B && row.size(-1) == D && (flat ? 1 : row.size(1)) == T,
-                    "window_push_: each of rows must be (B, D) or (B, T, D) with B = ", B, ", D = ", D);
+    STD_TORCH_CHECK(row.dim() == (flat ? 2 : 3) && row.size(0) == B && row.size(-1) == D && (flat ? 1 : row.size(1)) == T,
+                    "window_push_: all rows must be (B, D) or all (B, T, D), with B = ", B, ", D = ", D);
     STD_TORCH_CHECK(row.scalar_type() == type, "window_push_: rows must have the ring's dtype");
     STD_TORCH_CHECK(row.get_device_index() == ring.get_device_index() && row.is_cpu() == ring.is_cpu(),
                     "window_push_: rows and ring must be on one device");
   }
   if (mask) {
-    const bool flat = mask->dim() == 1;
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && (flat || mask->dim() == 2) && mask->size(0) == B &&
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == (flat ? 1 : 2) && mask->size(0) == B &&
                         (flat ? 1 : mask->size(1)) == T && mask->is_cpu() == ring.is_cpu(),
                     "window_push_: mask must be bool (B,) or (B, T) on the ring's device");
   }

@@ -23,7 +23,7 @@ def load() -> None:
             STATUS[name] = "loaded"
         except Exception as error:  # a broken library must not take the report down with it
             STATUS[name] = f"failed: {error}"
-    wanted = os.environ.get("RMTKERNELS_ISA", "auto")
+    wanted = os.environ.get("RMTKERNELS_ISA") or "auto"
     if STATUS["_C"] == "loaded" and wanted != "auto" and wanted not in cpu_isas():
         STATUS["_C"] = f"failed: RMTKERNELS_ISA={wanted} is not one of auto, {', '.join(cpu_isas())}"
 

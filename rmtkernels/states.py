@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rmtkernels.errors import ShapeError
-from rmtkernels.ops.sliding_window import push_rows_
+from rmtkernels.ops.sliding_window import window_push_
 from rmtkernels.ops.spectrum import spectrum_descriptors
 
 
@@ -15,6 +15,8 @@ class SlidingWindow:
 
     Attributes:
         ring: (L, B, N, D), gram: (L, B, N, N) float32, seen: (B, 3) int64; see `rmtkernels.window_push_`.
+        rows: (B,) int64, rows accepted since the last reset, and rejected: (B,) int64, rows skipped because they were
+            not finite. Both are views of `seen`.
     """
 
     def __init__(
@@ -30,20 +32,11 @@ class SlidingWindow:
         self.ring = torch.zeros(layers, batch, window, dim, dtype=dtype, device=device)
         self.gram = torch.zeros(layers, batch, window, window, device=device)
         self.seen = torch.zeros(batch, 3, dtype=torch.int64, device=device)
-
-    @property
-    def rows(self) -> Tensor:
-        """(B,) int64: rows accepted since the last reset. A view: it changes with the state."""
-        return self.seen[:, 0]
-
-    @property
-    def rejected(self) -> Tensor:
-        """(B,) int64: rows skipped because they were not finite. A view."""
-        return self.seen[:, 1]
+        self.rows, self.rejected = self.seen[:, 0], self.seen[:, 1]
 
     def update(self, rows: Sequence[Tensor], mask: Tensor | None = None) -> None:
         """Pushes rows, one (B, D) or (B, T, D) tensor per layer; see `rmtkernels.window_push_`."""
-        push_rows_(self.ring, self.gram, self.seen, rows, mask)
+        window_push_(self.ring, self.gram, self.seen, rows, mask)
 
     def descriptors(self, *, center: bool = True, joint: str | None = None) -> tuple[Tensor, Tensor]:
         """Descriptors and eigenvalues of the windows as they are; see `rmtkernels.spectrum_descriptors`."""

@@ -20,6 +20,7 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef double f64x4 __attribute__((vector_size(32)));
 typedef int64_t i64x4 __attribute__((vector_size(32)));
+typedef uint64_t u64x4 __attribute__((vector_size(32)));
 
 #define RMT_INLINE inline __attribute__((always_inline))
 
@@ -36,6 +37,7 @@ RMT_INLINE f32x8 load8(const float* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
+RMT_INLINE void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof(v)); }
 RMT_INLINE f32x8 load8(const bfloat16* p) {
 #if defined(__AVX2__)
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

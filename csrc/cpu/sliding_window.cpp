@@ -93,9 +93,10 @@ void assign_slots(const PushShape& shape, const std::vector<Rows>& rows, const M
 // Second pass, one stream: stores the row and refreshes its row and column of the Gram matrix.
 void push_row(char* ring, float* gram, float* x, const void* row, const Rows& rows, const PushShape& shape, int64_t slot, int64_t used) {
   store_row(ring + slot * shape.dim * size_of(rows.type), row, rows.type, rows.stride, shape.dim);
-  kernels().load_row(x, row, rows.type, rows.stride, shape.dim);
+  const bool ready = rows.type == DType::kFloat32 && rows.stride == 1;  // the row can be read where it lies
+  if (!ready) kernels().load_row(x, row, rows.type, rows.stride, shape.dim);
   double dots[kMaxWindow];
-  kernels().dot_rows(dots, x, ring, rows.type, used, shape.dim);
+  kernels().dot_rows(dots, ready ? static_cast<const float*>(row) : x, ring, rows.type, used, shape.dim);
   for (int64_t j = 0; j < used; ++j) gram[slot * shape.window + j] = gram[j * shape.window + slot] = float(dots[j]);
 }
 

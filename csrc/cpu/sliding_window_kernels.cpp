@@ -14,44 +14,48 @@ namespace {
 constexpr int64_t kChunk = 256;
 constexpr int kRows = 8;  // rows dotted at once: as many chains of FMAs as hide their latency
 
-// out[k] += <x, y[k]> for kRows rows.
-template <class T>
-void add_dots(double* out, const float* x, const T* const* y, int64_t dim) {
+// out[k] = <x, y[k]> for R rows, 1 or kRows.
+template <int R, class T>
+void dot_block(double* out, const float* x, const T* const* y, int64_t dim) {
+  double total[R] = {};
   int64_t i = 0;
-  f64x4 low = load4(out), high = load4(out + 4);
   while (i + 8 <= dim) {
     const int64_t end = i + kChunk < dim - 7 ? i + kChunk : dim - 7;
-    f32x8 sum[kRows] = {};
+    f32x8 sum[R] = {};
     for (; i < end; i += 8) {
       const f32x8 xi = load8(x + i);
-      for (int k = 0; k < kRows; ++k) sum[k] = fma(xi, load8(y[k] + i), sum[k]);
+      for (int k = 0; k < R; ++k) sum[k] = fma(xi, load8(y[k] + i), sum[k]);
     }
-    low += lane_sums(fold(sum[0]), fold(sum[1]), fold(sum[2]), fold(sum[3]));
-    high += lane_sums(fold(sum[4]), fold(sum[5]), fold(sum[6]), fold(sum[7]));
+    for (int k = 0; k + 4 <= R; k += 4)
+      store4(total + k, load4(total + k) + lane_sums(fold(sum[k]), fold(sum[k + 1]), fold(sum[k + 2]), fold(sum[k + 3])));
+    if (R == 1) total[0] += lane_sum(fold(sum[0]));
   }
-  store4(out, low);
-  store4(out + 4, high);
   for (; i < dim; ++i)
-    for (int k = 0; k < kRows; ++k) out[k] += double(x[i]) * double(to_float(y[k][i]));
+    for (int k = 0; k < R; ++k) total[k] += double(x[i]) * double(to_float(y[k][i]));
+  for (int k = 0; k < R; ++k) out[k] = total[k];
 }
 
 template <class T>
 void dot_rows_of(double* out, const float* x, const T* rows, int64_t count, int64_t dim) {
   for (int64_t first = 0; first < count; first += kRows) {
     const T* y[kRows];
-    double sums[kRows] = {};
+    double block[kRows];
     for (int k = 0; k < kRows; ++k)  // past the end the last row is read again: a result nobody keeps
       y[k] = rows + (first + k < count ? first + k : count - 1) * dim;
-    add_dots(sums, x, y, dim);
-    for (int k = 0; k < kRows && first + k < count; ++k) out[first + k] = sums[k];
+    dot_block<kRows>(block, x, y, dim);
+    for (int k = 0; k < kRows && first + k < count; ++k) out[first + k] = block[k];
   }
 }
 
 template <class T>
 double load_row_of(float* x, const T* row, int64_t stride, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) x[i] = to_float(row[i * stride]);
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + 8 <= dim; i += 8) store8(x + i, load8(row + i));
+  for (; i < dim; ++i) x[i] = to_float(row[i * stride]);
   double norm;
-  dot_rows_of(&norm, x, x, 1, dim);
+  const float* const self = x;
+  dot_block<1>(&norm, x, &self, dim);
   return norm;
 }
 

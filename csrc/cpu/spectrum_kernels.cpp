@@ -3,8 +3,7 @@
 // Everything is float64: activations have eigenvalues six and more orders of magnitude apart, and an error of one
 // float32 rounding of the largest would drown the small ones. A matrix is first reduced to tridiagonal form by
 // Householder reflections, vectorised within the matrix; then several tridiagonal matrices of one size, one to a SIMD
-// lane, go through the root-free QL iteration of Pal, Walker and Kahan side by side. That iteration is one long chain
-// of dependent operations, so more lanes cost next to nothing. Lanes never mix: a matrix gives the same bits alone.
+// lane, go through the root-free QL iteration side by side. Lanes never mix: a matrix gives the same bits alone.
 #include <cmath>
 
 #include "cpu/kernels.h"
@@ -17,11 +16,18 @@ namespace RMT_ISA {
 namespace {
 
 constexpr double kEpsilon = 1.1102230246251565e-16;
+constexpr double kNegligible = 1e-200;  // of the square of the largest entry: far below every rounding, above underflow
 constexpr int kMaxSweeps = 60;  // per eigenvalue; two are usual
 
 RMT_INLINE int round_up4(int n) { return (n + 3) & ~3; }
 RMT_INLINE f64x4 absolute(f64x4 x) { return (f64x4)((i64x4)x & i64x4{INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX}); }
-RMT_INLINE bool any(i64x4 mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+RMT_INLINE bool any(i64x4 mask) {
+#if defined(__AVX2__)
+  return _mm256_movemask_pd((f64x4)mask) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
 RMT_INLINE f64x4 square_root(f64x4 x) {
 #if defined(__AVX2__)
   return _mm256_sqrt_pd(x);
@@ -80,16 +86,19 @@ void tridiagonalise(Workspace& s, int n, double* diagonal, double* squares, int 
     diagonal[k * step] = s.a[k * ld + k];
     const int first = (k + 1) & ~3;
     for (int j = first; j < ld; j += 4) store4(s.v + j, load4(s.a + k * ld + j));
-    for (int j = first; j <= k; ++j) s.v[j] = 0;
-    const double squared = dot(s.v, s.v, first, ld), head = s.v[k + 1];
-    squares[k * step] = squared;
-    if (k + 2 == n || squared == 0 || squared == head * head) continue;  // nothing to eliminate
+    const double head = s.v[k + 1];
+    for (int j = first; j <= k + 1; ++j) s.v[j] = 0;
+    // The tail is summed apart: beside a head 1e8 times larger its square is lost, but not its effect on eigenvalues.
+    const double tail = dot(s.v, s.v, first, ld), squared = tail + head * head;
+    const bool negligible = squared < kNegligible;
+    squares[k * step] = negligible ? 0.0 : squared;
+    if (negligible || tail == 0) continue;  // nothing to eliminate
     const double norm = std::sqrt(squared);
-    s.v[k + 1] += std::copysign(norm, head);
+    s.v[k + 1] = head + std::copysign(norm, head);
     const double beta = 1 / (norm * (norm + std::fabs(head)));  // 2 / v'v
     multiply(s, first, ld);
     for (int j = first; j <= k; ++j) s.w[j] = 0;
-    const f64x4 scale = splat(beta), shift = splat(-0.5 * beta * beta * dot(s.v, s.w, first, ld));
+    const f64x4 scale = splat(beta), shift = splat(-0.5 * beta * (beta * dot(s.v, s.w, first, ld)));
     for (int j = first; j < ld; j += 4) store4(s.w + j, fma(shift, load4(s.v + j), scale * load4(s.w + j)));
     rank_two_update(s, first, ld);
   }
@@ -103,45 +112,62 @@ struct Lanes {
   f64x4 e2[kMaxWindow * K];
 };
 
-// State of one QL sweep in four lanes (the names are those of LAPACK's dsterf).
+// One sweep of QL in four lanes. The rational form of Pal, Walker and Kahan, with r_i = p + e2_i, c = p / r, s = e2 / r,
+// gamma' = c (d_i - sigma) - s gamma and p' = gamma'^2 / c, waits for a division in every step. Written with the
+// determinants w of the trailing blocks of T - sigma, nothing does:
+//     w_i = (d_i - sigma) w_{i+1} - e2_i w_{i+2}          R_i = w_{i+1}^2 + e2_i R_{i+1}
+//     p_i = w_i^2 / R_i    gamma_i = w_{i+1} w_i / R_i    r_i = R_i / R_{i+1}    s_i = e2_i R_{i+1} / R_i
+// The recurrence of w is exact for entries of T off by a rounding, and R adds positive terms, so the sweep is as stable.
+// w and R have no scale of their own: rescale() keeps them near 1.
 struct Sweep {
-  f64x4 sigma, gamma, p, c, s;
+  f64x4 sigma, gamma, w, w_before, r, r_inverse, s;
   i64x4 active;
 };
 
-// Starts a sweep for eigenvalue l with Wilkinson's shift; false in all lanes that have converged. The matrix is scaled
-// so that its largest entry is 1: an e below 2^-60 moves no eigenvalue by a float64 rounding of the largest.
+constexpr int kStepsPerScale = 8;
+// Where r_i is less (the matrix's largest entry is 1), nothing couples row i to the rows behind it: the sweep restarts.
+// kStepsPerScale factors of that size still fit a double.
+constexpr double kDecoupled = 0x1p-110;
+
+// Starts a sweep for eigenvalue l with Wilkinson's shift; false in all lanes that have converged. An e below 2^-60
+// moves no eigenvalue by a float64 rounding of the largest.
 RMT_INLINE bool start_sweep(Sweep& q, f64x4 dl, f64x4 dnext, f64x4 e2, f64x4 dlast) {
   const f64x4 relative = splat(kEpsilon * kEpsilon) * absolute(dl * dnext), floor = splat(0x1p-120);
   q.active = e2 > (relative > floor ? relative : floor);
-  const f64x4 e = square_root(e2);
-  const f64x4 t = (dnext - dl) / (splat(2) * e);
-  const f64x4 root = square_root(fma(t, t, splat(1)));
-  q.sigma = dl - e / (t + (t < 0 ? -root : root));
-  q.gamma = dlast - q.sigma;
-  q.p = q.gamma * q.gamma;
-  q.c = splat(1);
+  const f64x4 half = splat(0.5) * (dnext - dl), root = square_root(fma(half, half, e2));
+  q.sigma = dl - e2 / (half + (half < 0 ? -root : root));
+  q.gamma = q.w = dlast - q.sigma;
+  q.w_before = q.r = q.r_inverse = splat(1);
   q.s = splat(0);
   return any(q.active);
 }
 
-// One step of the sweep: c = p / r, s = e2 / r, gamma' = c (d - sigma) - s gamma, p' = gamma'^2 / c with r = p + e2,
-// arranged around a single division. Where p vanishes, c = 0 and p' = c_old e2 (or nothing is rotated if e2 = 0 too).
-RMT_INLINE f64x4 step_sweep(Sweep& q, f64x4 d, f64x4 e2) {
-  const f64x4 r = q.p + e2, alpha = d - q.sigma;
-  const f64x4 u = fma(q.p, alpha, -(e2 * q.gamma)), inverse = splat(1) / (r * q.p), pi = q.p * inverse;
-  f64x4 p = u * u * inverse, gamma = u * pi, c = q.p * pi, s = e2 * pi;
-  const i64x4 vanished = q.p < splat(1e-140);
-  if (__builtin_expect(any(vanished), 0)) {
-    const i64x4 both = e2 < splat(1e-140);
-    p = vanished ? (both ? alpha * alpha : q.c * e2) : p;
-    gamma = vanished ? (both ? alpha : -q.gamma) : gamma;
-    c = vanished ? (both ? splat(1) : splat(0)) : c;
-    s = vanished ? (both ? splat(0) : splat(1)) : s;
+// One step: takes row i, returns the new diagonal entry of row i + 1; `square` is the new squared entry between i + 1
+// and i + 2 (0 in a sweep's first step).
+RMT_INLINE f64x4 step_sweep(Sweep& q, f64x4 d, f64x4 e2, f64x4& square) {
+  const f64x4 alpha = d - q.sigma, e2_r = e2 * q.r;
+  f64x4 w = fma(alpha, q.w, -(e2 * q.w_before)), r = fma(e2, q.r, q.w * q.w);
+  const i64x4 decoupled = r < splat(kDecoupled) * q.r;
+  f64x4 inverse = splat(1) / r;
+  square = q.s * (r * q.r_inverse);
+  q.s = e2_r * inverse;
+  if (__builtin_expect(any(decoupled), 0)) {
+    const f64x4 one = splat(1), zero = splat(0);
+    square = decoupled ? zero : square, q.s = decoupled ? zero : q.s;
+    w = decoupled ? alpha : w, q.w = decoupled ? one : q.w;
+    r = decoupled ? one : r, inverse = decoupled ? one : inverse;
   }
-  const f64x4 below = q.gamma + (d - gamma);
-  q.p = p, q.gamma = gamma, q.c = c, q.s = s;
+  const f64x4 gamma = (q.w * w) * inverse, below = q.gamma + (d - gamma);
+  q.w_before = q.w, q.w = w, q.r = r, q.r_inverse = inverse, q.gamma = gamma;
   return below;
+}
+
+// Multiplies w by the power of two f that brings R = w^2-like quantities to the order of 1, and R by f^2.
+RMT_INLINE void rescale(Sweep& q) {
+  const i64x4 half = (i64x4)(((u64x4)q.r >> 52) + 1) >> 1;  // half the biased exponent of R
+  const f64x4 down = (f64x4)((1535 - half) << 52), up = (f64x4)((half + 511) << 52);
+  q.w *= down, q.w_before *= down;
+  q.r *= down * down, q.r_inverse *= up * up;
 }
 
 // Root-free QL: afterwards d holds the eigenvalues, in no order. NaN counts as converged, so bad input ends too.
@@ -156,15 +182,16 @@ void implicit_ql(Lanes<K>& t, int n) {
       if (!more) break;
       for (int i = n - 2; i >= l; --i) {
         for (int k = 0; k < K; ++k) {
-          f64x4 &e2 = t.e2[i * K + k], &d_below = t.d[(i + 1) * K + k], &e2_below = t.e2[(i + 1) * K + k];
-          if (i < n - 2) e2_below = q[k].active ? q[k].s * (q[k].p + e2) : e2_below;
-          const f64x4 below = step_sweep(q[k], t.d[i * K + k], e2);
+          f64x4 &d_below = t.d[(i + 1) * K + k], &e2_below = t.e2[(i + 1) * K + k], square;
+          const f64x4 below = step_sweep(q[k], t.d[i * K + k], t.e2[i * K + k], square);
           d_below = q[k].active ? below : d_below;
+          e2_below = q[k].active ? square : e2_below;  // in the first step 0, as it was
+          if (i % kStepsPerScale == 0) rescale(q[k]);
         }
       }
       for (int k = 0; k < K; ++k) {
         f64x4 &e2 = t.e2[l * K + k], &d = t.d[l * K + k];
-        e2 = q[k].active ? q[k].s * q[k].p : e2;
+        e2 = q[k].active ? q[k].s * (q[k].w * q[k].w * q[k].r_inverse) : e2;
         d = q[k].active ? q[k].sigma + q[k].gamma : d;
       }
     }
@@ -204,15 +231,19 @@ void solve_group(int64_t first, int count, int n, const Load& load, const Save& 
   Workspace work;
   Lanes<K> lanes;
   double scale[4 * K];
-  for (int i = 0; i < n * K; ++i) lanes.d[i] = lanes.e2[i] = splat(0);
   const int ld = round_up4(n), step = 4 * K;
   double *d = reinterpret_cast<double*>(lanes.d), *e2 = reinterpret_cast<double*>(lanes.e2);
   for (int lane = 0; lane < count; ++lane) {
     for (int i = 0; i < ld * ld; i += 4) store4(work.a + i, splat(0));
     load(work.a, first + lane);
     scale[lane] = normalise(work, n);
-    if (scale[lane] > 0) tridiagonalise(work, n, d + lane, e2 + lane, step);
+    if (scale[lane] > 0)
+      tridiagonalise(work, n, d + lane, e2 + lane, step);
+    else
+      for (int i = 0; i < n; ++i) d[i * step + lane] = e2[i * step + lane] = 0;
   }
+  for (int lane = count; lane < step; ++lane)  // NaN in an idle lane would slow the busy ones
+    for (int i = 0; i < n; ++i) d[i * step + lane] = d[i * step], e2[i * step + lane] = e2[i * step];
   implicit_ql<K>(lanes, n);
   for (int lane = 0; lane < count; ++lane) {
     double values[kMaxWindow];
@@ -263,8 +294,8 @@ double gram_trace(const float* gram, int rows, int window, bool center) {
     sum += lane_sum(part);
     for (; j < rows; ++j) sum += double(gram[i * window + j]);
   }
-  if (center) trace -= sum / rows;
-  return trace > 0 ? trace : 0.0;
+  if (center && rows > 0) trace -= sum / rows;
+  return trace < 0 && std::isfinite(trace) ? 0.0 : trace;  // what is not finite must reach the solver
 }
 
 // G -> J G J with J = I - 11'/rows: the Gram matrix of the rows less their mean, at a cost of rows^2.
@@ -297,7 +328,7 @@ double load_window(const DescriptorArgs& args, double* a, int64_t problem, int r
   for (int64_t layer = first; layer < last; ++layer) {
     const double trace = gram_trace(gram(layer), rows, window, args.center);
     const bool scaled = args.joint == kJointTrace;
-    if (!scaled || trace > 0) add_gram(a, gram(layer), rows, window, scaled ? 1 / trace : 1.0);
+    if (!scaled || trace != 0) add_gram(a, gram(layer), rows, window, scaled ? 1 / trace : 1.0);
     trace_sum += trace;
     log_sum += log_trace(trace, double(args.dim));
   }

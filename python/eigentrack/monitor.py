@@ -177,6 +177,7 @@ class EigenTrack:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered = time.perf_counter_ns()
+        self._forwards += 1
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         batch, steps = (embeds if ids is None else ids).shape[:2]
         cache = kwargs.get("past_key_values")
@@ -187,7 +188,6 @@ class EigenTrack:
                 'or watch single passes with start="prompt"'
             )
         self._guard_cache(cache)
-        self._forwards += 1
         fresh = cache is None or cache.get_seq_length() == 0 or not (decoding or self._prompt_too)
         if fresh or self._alive is None or len(self._alive) != batch:
             self._begin(batch, (embeds if ids is None else ids).device)

@@ -19,7 +19,10 @@ define("window_gram(Tensor hidden, int window, int stride=1, Tensor? mask=None) 
 
 @torch.library.register_fake("rmtkernels::window_push_")
 def _window_push_fake(ring: Tensor, gram: Tensor, seen: Tensor, rows: list[Tensor], mask: Tensor | None = None) -> None:
-    return None
+    # One tensor without data brings the whole call here: the kernel would never see the mistake
+    for tensor in (gram, seen, *rows, *([] if mask is None else [mask])):
+        if tensor.device != ring.device:
+            raise DeviceError(f"all tensors must be on the ring's device {ring.device}, got {tensor.device}")
 
 
 @torch.library.register_fake("rmtkernels::window_gram")
@@ -59,21 +62,17 @@ def window_push_(
 
     Source: EigenTrack (arXiv 2509.15735) section III-A gives the window; the Gram form is ours.
     """
-    _check_push_state(ring, gram, seen)
-    push_rows_(ring, gram, seen, rows, mask, backend)
-
-
-def push_rows_(
-    ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor], mask: Tensor | None, backend: str | None = None
-) -> None:
-    """`window_push_` for a state that is known to be well formed: checks the rows alone."""
-    _check_rows(ring, rows, mask)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
         rows = [row.detach() for row in rows]
     if select("window_push_", ring.device, backend) == "reference":
+        _check_push(ring, gram, seen, rows, mask)
         reference.window_push_ref_(ring, gram, seen, list(rows), mask)
-    else:
+        return
+    try:
         torch.ops.rmtkernels.window_push_(ring, gram, seen, rows, mask)
+    except RuntimeError:  # the kernel checks all of it before it writes; here its refusal gets its type
+        _check_push(ring, gram, seen, rows, mask)
+        raise
 
 
 def window_gram(
@@ -106,11 +105,11 @@ def window_gram(
     if mask is not None:
         _check_mask(mask, tuple(hidden.shape[:2]), hidden.device)
     if select("window_gram", hidden.device, backend) == "reference":
-        return reference.window_gram_ref(hidden, window, stride, mask)
+        return reference.window_gram_ref(hidden.detach(), window, stride, mask)
     return torch.ops.rmtkernels.window_gram(hidden.detach(), window, stride, mask)  # type: ignore[no-any-return]
 
 
-def _check_push_state(ring: Tensor, gram: Tensor, seen: Tensor) -> None:
+def _check_push(ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor], mask: Tensor | None) -> None:
     if ring.dim() != 4 or not ring.is_contiguous():
         raise ShapeError(f"ring must be contiguous (L, B, N, D), got {tuple(ring.shape)}, strides {ring.stride()}")
     layers, batch, window, dim = ring.shape
@@ -118,10 +117,6 @@ def _check_push_state(ring: Tensor, gram: Tensor, seen: Tensor) -> None:
     _check_dtype("ring", ring)
     _check_state("gram", gram, (layers, batch, window, window), torch.float32, ring.device)
     _check_state("seen", seen, (batch, 3), torch.int64, ring.device)
-
-
-def _check_rows(ring: Tensor, rows: Sequence[Tensor], mask: Tensor | None) -> None:
-    layers, batch, _, dim = ring.shape
     if len(rows) != layers:
         raise ShapeError(f"rows must hold one tensor for each of the {layers} layers of the ring, got {len(rows)}")
     shape = rows[0].shape if layers else torch.Size((batch, dim))

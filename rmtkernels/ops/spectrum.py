@@ -28,6 +28,7 @@ define(
     "spectrum_descriptors_(Tensor(a!) descriptors, Tensor(b!) eigenvalues, Tensor gram, Tensor seen, "
     "Tensor mp_median, int dim, bool center, int joint) -> ()"
 )
+define("spectrum_medians(Tensor like, int window, int dim) -> Tensor")
 
 
 @torch.library.register_fake("rmtkernels::spectrum_eigvalsh")
@@ -46,7 +47,14 @@ def _spectrum_descriptors_fake(
     center: bool,
     joint: int,
 ) -> None:
-    return None
+    for tensor in (descriptors, eigenvalues, seen):  # one without data brings the whole call here
+        if tensor.device != gram.device:
+            raise DeviceError(f"all tensors must be on the Gram matrices' device {gram.device}, got {tensor.device}")
+
+
+@torch.library.register_fake("rmtkernels::spectrum_medians")
+def _spectrum_medians_fake(like: Tensor, window: int, dim: int) -> Tensor:
+    return like.new_empty(window + 1, dtype=torch.float64)
 
 
 def spectrum_eigvalsh(matrices: Tensor, *, backend: str | None = None) -> Tensor:
@@ -131,6 +139,43 @@ def spectrum_descriptors_(
     backend: str | None = None,
 ) -> None:
     """`spectrum_descriptors` into buffers of the caller's: float32, unit last stride, gram contiguous. Allocates nothing."""
+    if select("spectrum_descriptors_", gram.device, backend) == "reference":
+        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
+        values = reference.spectrum_descriptors_ref(gram.detach(), seen, dim, center=center, joint=joint)
+        descriptors.copy_(values[0])
+        eigenvalues.copy_(values[1])
+        return
+    try:
+        medians = _medians(gram.shape[-1], dim if joint is None else dim * gram.shape[0], gram)
+        torch.ops.rmtkernels.spectrum_descriptors_(
+            descriptors, eigenvalues, gram, seen, medians, dim, center, _JOINT[joint]
+        )
+    except (RuntimeError, KeyError, ValueError, ZeroDivisionError):  # the kernel checks before it writes; here its refusal gets its type
+        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
+        raise
+
+
+def _medians(window: int, dim: int, like: Tensor) -> Tensor:
+    """(window + 1,) float64: entry n is the Marchenko-Pastur median of n eigenvalues of rows of width `dim`."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a kept table cannot be traced, nor a traced one kept
+        return torch.ops.rmtkernels.spectrum_medians(like, window, dim)  # type: ignore[no-any-return]
+    return _median_table(window, dim, like.device)
+
+
+@torch.library.impl("rmtkernels::spectrum_medians", "CompositeExplicitAutograd")
+def _spectrum_medians(like: Tensor, window: int, dim: int) -> Tensor:
+    return _median_table(window, dim, like.device).clone()
+
+
+@lru_cache(maxsize=256)
+def _median_table(window: int, dim: int, device: torch.device) -> Tensor:
+    medians = [1.0] + [laws.marchenko_pastur_median(n / dim) for n in range(1, window + 1)]
+    return torch.tensor(medians, dtype=torch.float64, device=device)
+
+
+def _check_descriptors(
+    descriptors: Tensor, eigenvalues: Tensor, gram: Tensor, seen: Tensor, dim: int, joint: str | None
+) -> None:
     _check_gram(gram)
     layers, batch, window = gram.shape[:3]
     if joint not in _JOINT:
@@ -146,20 +191,6 @@ def spectrum_descriptors_(
     spectra = layers if joint is None else 1
     _check_out("descriptors", descriptors, (spectra, batch, len(DESCRIPTORS)), gram.device)
     _check_out("eigenvalues", eigenvalues, (spectra, batch, window), gram.device)
-    if select("spectrum_descriptors_", gram.device, backend) == "reference":
-        values = reference.spectrum_descriptors_ref(gram, seen, dim, center=center, joint=joint)
-        descriptors.copy_(values[0])
-        eigenvalues.copy_(values[1])
-        return
-    medians = median_table(window, dim if joint is None else dim * layers, gram.device)
-    torch.ops.rmtkernels.spectrum_descriptors_(descriptors, eigenvalues, gram, seen, medians, dim, center, _JOINT[joint])
-
-
-@lru_cache(maxsize=256)
-def median_table(window: int, dim: int, device: torch.device) -> Tensor:
-    """(window + 1,) float64: entry n is the Marchenko-Pastur median of n eigenvalues of rows of width `dim`."""
-    medians = [1.0] + [laws.marchenko_pastur_median(n / dim) for n in range(1, window + 1)]
-    return torch.tensor(medians, dtype=torch.float64, device=device)
 
 
 def _check_gram(gram: Tensor) -> None:

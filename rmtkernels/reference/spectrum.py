@@ -8,6 +8,7 @@ from torch import Tensor
 from rmtkernels.laws import marchenko_pastur_edges, marchenko_pastur_median
 
 _RESOLUTION = 2.0**-20
+_DESCRIPTORS = 13
 _SMALLEST_TRACE = torch.finfo(torch.float32).tiny
 
 
@@ -30,6 +31,8 @@ def spectrum_descriptors_ref(
             descriptors.append(_descriptors(lam, log_trace, width))
             eigenvalues.append(torch.cat([lam, lam.new_zeros(window - len(lam))]))
     spectra = layers if joint is None else 1
+    if not descriptors:
+        return gram.new_zeros(spectra, batch, _DESCRIPTORS).double(), gram.new_zeros(spectra, batch, window).double()
     return torch.stack(descriptors).reshape(spectra, batch, -1), torch.stack(eigenvalues).reshape(spectra, batch, window)
 
 

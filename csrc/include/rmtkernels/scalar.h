@@ -37,11 +37,14 @@ RMT_HD float to_float(float16 x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Shift exponent and mantissa into place, then rescale by 2^112: exact for subnormals too. Inf and NaN keep their bits.
+  // Shift exponent and mantissa into place and rebias. A subnormal is the mantissa of a number in [2^-14, 2^-13), less
+  // 2^-14: no step has a subnormal float32, which some processes flush to zero. Inf and NaN keep their bits.
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   if ((x.bits & 0x7c00u) == 0x7c00u) return float_from_bits(sign | 0x7f800000u | magnitude);
-  const float scaled = float_from_bits(magnitude) * float_from_bits(0x77800000u);
+  const bool subnormal = (x.bits & 0x7c00u) == 0;
+  const float scaled = float_from_bits(magnitude + (subnormal ? 0x38800000u : 0x38000000u)) -
+                       float_from_bits(subnormal ? 0x38800000u : 0u);
   return sign ? -scaled : scaled;
 #endif
 }

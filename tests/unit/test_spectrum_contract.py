@@ -1,0 +1,199 @@
+"""spectrum_descriptors as an operator: bits, buffers, bad input, typed errors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rmtkernels import DESCRIPTORS, DeviceError, DtypeError, ShapeError, spectrum_descriptors, spectrum_descriptors_
+from tests.helpers import gram_of, normal, same_bits
+
+pytestmark = pytest.mark.usefixtures("isa", "nan_memory")
+
+F = len(DESCRIPTORS)
+
+
+@pytest.mark.parametrize("joint", [None, "none", "trace"])
+def test_windows_of_one_batch_give_the_same_bits_alone(joint: str | None) -> None:
+    gram, _ = gram_of(normal(2, 23, 16, 40))
+    seen = torch.tensor([16, 3, 0, 1, 16, 16, 2, 15, 99, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 5, 5, 5, 5])
+    together = spectrum_descriptors(gram, seen, 40, joint=joint)
+    for b in range(23):
+        alone = spectrum_descriptors(gram[:, b : b + 1], seen[b : b + 1], 40, joint=joint)
+        assert all(same_bits(one, many[:, b : b + 1]) for one, many in zip(alone, together, strict=True))
+    if joint is None:
+        for layer in range(2):
+            alone = spectrum_descriptors(gram[layer : layer + 1], seen, 40)
+            assert all(same_bits(one, many[layer : layer + 1]) for one, many in zip(alone, together, strict=True))
+
+
+def test_a_partly_filled_window_gives_the_bits_of_a_full_one_of_that_size() -> None:
+    gram, _ = gram_of(normal(1, 1, 20, 40))
+    for rows in range(21):
+        padded = spectrum_descriptors(gram, torch.tensor([rows]), 40)
+        if rows:
+            tight = spectrum_descriptors(gram[..., :rows, :rows], torch.tensor([rows]), 40)
+            assert same_bits(padded[0], tight[0])
+            assert same_bits(padded[1][..., :rows], tight[1])
+        assert (padded[1][..., rows:] == 0).all()
+
+
+def test_threads_and_repetition_do_not_change_a_bit(set_threads: Callable[[int], None]) -> None:
+    gram, seen = gram_of(normal(4, 33, 32, 64))
+    seen[::3] = 17
+    results = []
+    for threads in (1, 2, 2, 3):
+        set_threads(threads)
+        results.append(spectrum_descriptors(gram, seen, 64))
+    for values, eigenvalues in results[1:]:
+        assert same_bits(values, results[0][0])
+        assert same_bits(eigenvalues, results[0][1])
+
+
+def test_eigenvalues_descend_and_are_never_negative() -> None:
+    gram, seen = gram_of(normal(2, 9, 24, 5))  # rank 5: the other eigenvalues are rounding of either sign
+    for center in (False, True):
+        eigenvalues = spectrum_descriptors(gram, seen, 5, center=center)[1]
+        assert (eigenvalues >= 0).all()
+        assert (eigenvalues.diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("joint", [None, "none", "trace"])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [(0, 0), (5, 2)])
+def test_a_bad_gram_matrix_spoils_its_own_window_alone(
+    joint: str | None, center: bool, bad: float, place: tuple[int, int]
+) -> None:
+    clean, seen = gram_of(normal(3, 10, 6, 9))
+    want = spectrum_descriptors(clean, seen, 9, center=center, joint=joint)
+    gram = clean.clone()
+    i, j = place
+    gram[1, 4, i, j] = gram[1, 4, j, i] = bad
+    values, eigenvalues = spectrum_descriptors(gram, seen, 9, center=center, joint=joint)
+    layer = 1 if joint is None else 0
+    assert values[layer, 4].isnan().all()
+    assert eigenvalues[layer, 4, : 6 - center].isnan().all()
+    values[layer, 4], eigenvalues[layer, 4] = want[0][layer, 4], want[1][layer, 4]
+    assert same_bits(values, want[0])
+    assert same_bits(eigenvalues, want[1])
+
+
+def test_out_buffers_may_be_strided_and_nothing_else_is_written() -> None:
+    gram, seen = gram_of(normal(2, 3, 6, 9))
+    want = spectrum_descriptors(gram, seen, 9)
+    history = torch.full((3, 5, 2, F + 4), torch.nan)  # (B, time, L, ...), as a monitor keeps it
+    spectra = torch.full((3, 5, 2, 8), torch.nan)
+    spectrum_descriptors_(
+        history[:, 2, :, 1 : F + 1].transpose(0, 1), spectra[:, 2, :, :6].transpose(0, 1), gram, seen, 9
+    )
+    assert same_bits(history[:, 2, :, 1 : F + 1].transpose(0, 1), want[0])
+    assert same_bits(spectra[:, 2, :, :6].transpose(0, 1), want[1])
+    assert (~history.isnan()).sum() == want[0].numel()
+    assert (~spectra.isnan()).sum() == want[1].numel()
+
+
+def test_seen_may_be_a_column_and_gram_a_view() -> None:
+    gram, seen = gram_of(normal(2, 3, 6, 9))
+    want = spectrum_descriptors(gram, seen, 9)
+    column = torch.stack([seen, -seen, seen * 0], 1)[:, 0]
+    padded = torch.full((2, 3, 6, 12), torch.nan)
+    padded[..., ::2] = gram
+    got = spectrum_descriptors(padded[..., ::2], column, 9)
+    assert all(map(same_bits, got, want))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("layers", "batch"), [(0, 3), (2, 0)])
+@pytest.mark.parametrize("joint", [None, "none"])
+def test_no_windows(backend: str, layers: int, batch: int, joint: str | None) -> None:
+    if joint and not layers:
+        pytest.skip("the joint spectrum of no layers has no meaning")
+    gram, seen = torch.zeros(layers, batch, 4, 4), torch.zeros(batch, dtype=torch.int64)
+    values, eigenvalues = spectrum_descriptors(gram, seen, 5, joint=joint, backend=backend)
+    assert values.shape == (1 if joint else layers, batch, F)
+    assert eigenvalues.shape == (1 if joint else layers, batch, 4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_results_carry_no_gradient_and_inputs_are_left(backend: str) -> None:
+    gram, seen = gram_of(normal(1, 2, 6, 9))
+    before = gram.clone()
+    results = spectrum_descriptors(gram.requires_grad_(), seen, 9, backend=backend)
+    assert not any(result.requires_grad for result in results)
+    assert same_bits(gram.detach(), before)
+    assert seen.tolist() == [6, 6]
+
+
+def good() -> dict[str, Any]:
+    gram, seen = gram_of(normal(2, 3, 6, 9))
+    return {
+        "descriptors": torch.full((2, 3, F), torch.nan),
+        "eigenvalues": torch.full((2, 3, 6), torch.nan),
+        "gram": gram,
+        "seen": seen,
+        "dim": 9,
+    }
+
+
+MISTAKES: list[tuple[type[Exception], dict[str, Any]]] = [
+    (ShapeError, {"gram": torch.zeros(3, 6, 6)}),
+    (ShapeError, {"gram": torch.zeros(2, 3, 6, 5)}),
+    (ShapeError, {"gram": torch.zeros(2, 3, 0, 0)}),
+    (ShapeError, {"gram": torch.zeros(2, 3, 129, 129)}),
+    (DtypeError, {"gram": torch.zeros(2, 3, 6, 6, dtype=torch.float64)}),
+    (ShapeError, {"seen": torch.zeros(2, dtype=torch.int64)}),
+    (ShapeError, {"seen": torch.zeros(3, 3, dtype=torch.int64)}),
+    (DtypeError, {"seen": torch.zeros(3, dtype=torch.int32)}),
+    (DeviceError, {"seen": torch.zeros(3, dtype=torch.int64, device="meta")}),
+    (ShapeError, {"dim": 0}),
+    (ShapeError, {"dim": -4}),
+    (ShapeError, {"joint": "sum"}),
+    (ShapeError, {"joint": "trace"}),
+    (ShapeError, {"descriptors": torch.zeros(2, 3, F + 1)}),
+    (ShapeError, {"descriptors": torch.zeros(2, F, 3).mT}),
+    (DtypeError, {"descriptors": torch.zeros(2, 3, F, dtype=torch.float64)}),
+    (DeviceError, {"descriptors": torch.zeros(2, 3, F, device="meta")}),
+    (ShapeError, {"eigenvalues": torch.zeros(1, 3, 6)}),
+    (DtypeError, {"eigenvalues": torch.zeros(2, 3, 6, dtype=torch.float16)}),
+    (DeviceError, {"eigenvalues": torch.zeros(2, 3, 6, device="meta")}),
+]
+
+
+@pytest.mark.parametrize(("error", "changes"), MISTAKES)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_mistakes_are_named_and_nothing_is_written(
+    error: type[Exception], changes: dict[str, Any], backend: str | None
+) -> None:
+    arguments = good()
+    with pytest.raises(error):
+        spectrum_descriptors_(**{**arguments, **changes}, backend=backend)
+    assert arguments["descriptors"].isnan().all()
+    assert arguments["eigenvalues"].isnan().all()
+
+
+def test_a_gram_matrix_that_is_not_contiguous_is_refused_by_the_out_variant() -> None:
+    arguments = good()
+    arguments["gram"] = torch.zeros(2, 3, 6, 12)[..., ::2]
+    with pytest.raises((ShapeError, RuntimeError)):
+        spectrum_descriptors_(**arguments)
+    assert arguments["descriptors"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(changes for error, changes in MISTAKES if error is not DeviceError and "joint" not in changes),
+        {"joint": 1},
+        {"joint": 3},
+        {"joint": -1},
+        {"mp_median": torch.ones(6, dtype=torch.float64)},
+        {"mp_median": torch.ones(7)},
+    ],
+)
+def test_the_raw_operator_raises_too(changes: dict[str, Any]) -> None:
+    arguments = {**good(), "mp_median": torch.ones(7, dtype=torch.float64), "center": True, "joint": 0}
+    torch.ops.rmtkernels.spectrum_descriptors_(**arguments)
+    with pytest.raises(RuntimeError):
+        torch.ops.rmtkernels.spectrum_descriptors_(**{**arguments, **changes})
