@@ -17,7 +17,7 @@ BUILD := .venv/.built-$(BUILD_KEY)
 .PHONY: demo test lint format clean
 
 demo: $(BUILD)
-	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo
+	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo --threads 1 --picture demo-output/spectra.png
 
 test: lint $(BUILD)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests

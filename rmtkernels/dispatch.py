@@ -2,7 +2,7 @@
 
 The order for a tensor is its device's compiled kernel, then the float64 reference. A choice made by hand never falls
 back: `backend=` of a call beats `use_backend`, which beats the variable RMTKERNELS_BACKEND. If the compiled kernel is
-missing and nothing was chosen, the reference runs and says so once. Under torch.compile the choice is made while tracing.
+missing and nothing was chosen, the reference runs and says so once. torch.compile makes the choice while tracing.
 """
 
 import os
@@ -41,7 +41,9 @@ def set_cpu_isa(name: str) -> None:
         BackendError: if it was not built or this processor lacks it.
     """
     if not _native.set_cpu_isa(name):
-        raise BackendError(f"instruction set {name!r} is not available here; there is: {', '.join(cpu_isas()) or 'none'}")
+        raise BackendError(
+            f"instruction set {name!r} is not available here; there is: {', '.join(cpu_isas()) or 'none'}"
+        )
 
 
 def backends(operator: str) -> dict[str, str]:
@@ -87,8 +89,8 @@ def _automatic(operator: str, device_type: str) -> str:
     if operator not in _warned:
         _warned.add(operator)
         warnings.warn(
-            f"rmtkernels: {operator} runs on its slow float64 reference: {device_type}: {_status(operator, device_type)} "
-            "(`python -m rmtkernels` says more)",
+            f"rmtkernels: {operator} runs on its slow float64 reference: {device_type}: "
+            f"{_status(operator, device_type)} (`python -m rmtkernels` says more)",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -101,6 +103,7 @@ def _checked(backend: str) -> str:
     return backend
 
 
+@torch.compiler.assume_constant_result  # a hook may be traced before any operator has run
 def _status(operator: str, backend: str) -> str:
     key = (operator, backend)
     if key not in _available:

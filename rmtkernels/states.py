@@ -47,7 +47,9 @@ class SlidingWindow:
         if sequences is None:
             self.seen.zero_()
         elif sequences.shape != self.seen.shape[:1] or sequences.dtype != torch.bool:
-            raise ShapeError(f"sequences must be bool ({len(self.seen)},), got {sequences.dtype} {tuple(sequences.shape)}")
+            raise ShapeError(
+                f"sequences must be bool ({len(self.seen)},), got {sequences.dtype} {tuple(sequences.shape)}"
+            )
         else:
             self.seen.masked_fill_(sequences[:, None], 0)
 

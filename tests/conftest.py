@@ -8,7 +8,7 @@ import torch
 
 import rmtkernels
 
-# Derandomised: a failure is the code's fault and comes again. The fixtures used beside @given hold no state of examples.
+# Derandomised: a failure is the code's fault and comes again. Fixtures used beside @given hold no state of examples.
 hypothesis.settings.register_profile(
     "rmtkernels",
     deadline=None,

@@ -45,7 +45,9 @@ def pushed(state: State, rows: list[Tensor], mask: Tensor | None = None) -> Stat
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit, NaN and the sign of zero included."""
     word = _WORDS[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(word), b.contiguous().view(word))
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(word), b.contiguous().view(word))
+    )
 
 
 def same_state(a: State, b: State) -> bool:
@@ -60,7 +62,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-def rows_in_layout(layout: str, batch: int, steps: int, dim: int, seed: int, dtype: torch.dtype, scale: float) -> Tensor:
+def rows_in_layout(
+    layout: str, batch: int, steps: int, dim: int, seed: int, dtype: torch.dtype, scale: float
+) -> Tensor:
     """(B, T, D) rows, or (B, D) if flat and T = 1, of the asked memory layout."""
 
     def draw(*shape: int) -> Tensor:

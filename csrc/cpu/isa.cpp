@@ -7,13 +7,13 @@
 
 namespace rmtkernels {
 
-#define RMT_DECLARE_KERNELS(isa)                                                            \
-  namespace isa {                                                                           \
-  double load_row(float*, const void*, DType, int64_t, int64_t);                            \
-  void dot_rows(double*, const float*, const void*, DType, int64_t, int64_t);               \
-  void eigvalsh_f32(const float*, float*, int64_t, int64_t, int64_t);                       \
-  void eigvalsh_f64(const double*, double*, int64_t, int64_t, int64_t);                     \
-  void descriptors(const DescriptorArgs&, int64_t, int64_t);                                \
+#define RMT_DECLARE_KERNELS(isa)                                                              \
+  namespace isa {                                                                             \
+  double load_row(float*, const void*, DType, int64_t, int64_t);                              \
+  void dot_rows(double*, const float*, const void*, DType, int64_t, int64_t);                 \
+  void eigvalsh_f32(const float*, float*, int64_t, int64_t, int64_t);                         \
+  void eigvalsh_f64(const double*, double*, int64_t, int64_t, int64_t);                       \
+  void descriptors(const DescriptorArgs&, int64_t, int64_t);                                  \
   static const Kernels table = {load_row, dot_rows, eigvalsh_f32, eigvalsh_f64, descriptors}; \
   }
 
@@ -30,7 +30,8 @@ struct Isa {
   bool (*supported)();
 };
 
-const Isa kIsas[] = {  // best first
+const Isa kIsas[] = {
+// best first
 #if defined(RMT_HAVE_AVX2)
     {"avx2", &avx2::table,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},

@@ -1,4 +1,5 @@
-// Python module `_C`: importing it runs the registrations of this library. It also says which instruction set is in use.
+// Python module `_C`: importing it runs the registrations of this library. It also says which instruction set is in
+// use.
 #include <Python.h>
 
 #include <initializer_list>
@@ -31,7 +32,8 @@ PyObject* set_cpu_isa(PyObject*, PyObject* name) {
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that were built and that this processor has, best first."},
-    {"set_cpu_isa", set_cpu_isa, METH_O, "Use 'avx2', 'baseline' or the best ('auto'); False if there is no such set here."},
+    {"set_cpu_isa", set_cpu_isa, METH_O,
+     "Use 'avx2', 'baseline' or the best ('auto'); False if there is no such set here."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -1,5 +1,5 @@
-// Eight floats or four doubles at a time, in GCC's vector types: the same source is AVX2 where -mavx2 is given and pairs
-// of 16-byte operations elsewhere. Only what the compiler cannot infer is written by hand.
+// Eight floats or four doubles at a time, in GCC's vector types: the same source is AVX2 where -mavx2 is given and
+// pairs of 16-byte operations elsewhere. Only what the compiler cannot infer is written by hand.
 #pragma once
 
 #include <cstring>

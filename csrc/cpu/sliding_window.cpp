@@ -12,10 +12,14 @@ namespace {
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Float: return DType::kFloat32;
-    default: STD_TORCH_CHECK(false, "activations must be float32, bfloat16 or float16");
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    default:
+      STD_TORCH_CHECK(false, "activations must be float32, bfloat16 or float16");
   }
 }
 int64_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
@@ -57,7 +61,8 @@ struct Mask {
 
 template <class Word>
 void copy_strided(char* to, const void* from, int64_t stride, int64_t dim) {
-  for (int64_t i = 0; i < dim; ++i) std::memcpy(to + i * sizeof(Word), static_cast<const Word*>(from) + i * stride, sizeof(Word));
+  for (int64_t i = 0; i < dim; ++i)
+    std::memcpy(to + i * sizeof(Word), static_cast<const Word*>(from) + i * stride, sizeof(Word));
 }
 
 void store_row(char* to, const void* from, DType type, int64_t stride, int64_t dim) {
@@ -67,31 +72,35 @@ void store_row(char* to, const void* from, DType type, int64_t stride, int64_t d
 }
 
 // First pass: decides for each sequence and step which slot the row takes, -1 for none, and counts.
-void assign_slots(const PushShape& shape, const std::vector<Rows>& rows, const Mask& mask, int64_t* seen, int64_t* slots) {
-  torch::stable::parallel_for(0, shape.batch, 1 + 32768 / (1 + shape.layers * shape.dim * shape.steps), [&](int64_t begin, int64_t end) {
-    float* x = scratch_row(shape.dim);
-    for (int64_t b = begin; b < end; ++b) {
-      int64_t* counters = seen + b * kSeenColumns;
-      for (int64_t t = 0; t < shape.steps; ++t) {
-        int64_t& slot = slots[b * shape.steps + t];
-        slot = -1;
-        if (mask.keeps(b, t)) {
-          bool finite = true;
-          for (const Rows& layer : rows)
-            finite = finite && norm_is_finite(kernels().load_row(x, layer.row(b, t), layer.type, layer.stride, shape.dim));
-          if (finite)
-            slot = window_slot(counters[kSeenRows]++, shape.window);
-          else
-            ++counters[kSeenRejected];
+void assign_slots(const PushShape& shape, const std::vector<Rows>& rows, const Mask& mask, int64_t* seen,
+                  int64_t* slots) {
+  torch::stable::parallel_for(
+      0, shape.batch, 1 + 32768 / (1 + shape.layers * shape.dim * shape.steps), [&](int64_t begin, int64_t end) {
+        float* x = scratch_row(shape.dim);
+        for (int64_t b = begin; b < end; ++b) {
+          int64_t* counters = seen + b * kSeenColumns;
+          for (int64_t t = 0; t < shape.steps; ++t) {
+            int64_t& slot = slots[b * shape.steps + t];
+            slot = -1;
+            if (mask.keeps(b, t)) {
+              bool finite = true;
+              for (const Rows& layer : rows)
+                finite = finite &&
+                         norm_is_finite(kernels().load_row(x, layer.row(b, t), layer.type, layer.stride, shape.dim));
+              if (finite)
+                slot = window_slot(counters[kSeenRows]++, shape.window);
+              else
+                ++counters[kSeenRejected];
+            }
+            counters[kSeenSlot] = slot;
+          }
         }
-        counters[kSeenSlot] = slot;
-      }
-    }
-  });
+      });
 }
 
 // Second pass, one stream: stores the row and refreshes its row and column of the Gram matrix.
-void push_row(char* ring, float* gram, float* x, const void* row, const Rows& rows, const PushShape& shape, int64_t slot, int64_t used) {
+void push_row(char* ring, float* gram, float* x, const void* row, const Rows& rows, const PushShape& shape,
+              int64_t slot, int64_t used) {
   store_row(ring + slot * shape.dim * size_of(rows.type), row, rows.type, rows.stride, shape.dim);
   const bool ready = rows.type == DType::kFloat32 && rows.stride == 1;  // the row can be read where it lies
   if (!ready) kernels().load_row(x, row, rows.type, rows.stride, shape.dim);
@@ -116,7 +125,8 @@ void window_push_(Tensor ring, Tensor gram, Tensor seen, std::vector<Tensor> row
 
   char* const ring_data = static_cast<char*>(ring.mutable_data_ptr());
   float* const gram_data = static_cast<float*>(gram.mutable_data_ptr());
-  const int64_t ring_size = shape.window * shape.dim * size_of(streams[0].type), gram_size = shape.window * shape.window;
+  const int64_t ring_size = shape.window * shape.dim * size_of(streams[0].type),
+                gram_size = shape.window * shape.window;
   const int64_t work = shape.window * shape.dim * shape.steps;
   torch::stable::parallel_for(0, shape.layers * shape.batch, 1 + 1000000 / (1 + work), [&](int64_t begin, int64_t end) {
     float* x = scratch_row(shape.dim);
@@ -128,8 +138,8 @@ void window_push_(Tensor ring, Tensor gram, Tensor seen, std::vector<Tensor> row
       for (int64_t t = 0; t < shape.steps; ++t) {
         const int64_t slot = slot_of[b * shape.steps + t];
         if (slot < 0) continue;
-        push_row(ring_data + stream * ring_size, gram_data + stream * gram_size, x, streams[layer].row(b, t), streams[layer], shape,
-                 slot, window_rows(++seen_before, shape.window));
+        push_row(ring_data + stream * ring_size, gram_data + stream * gram_size, x, streams[layer].row(b, t),
+                 streams[layer], shape, slot, window_rows(++seen_before, shape.window));
       }
     }
   });
@@ -148,7 +158,8 @@ Sequence gather_sequence(const Rows& hidden, const Mask& mask, int64_t b, int64_
   int64_t accepted = 0;
   for (int64_t t = 0; t < steps; ++t) {
     float* to = s.rows.data() + accepted * dim;
-    if (mask.keeps(b, t) && norm_is_finite(kernels().load_row(to, hidden.row(b, t), hidden.type, hidden.stride, dim))) ++accepted;
+    if (mask.keeps(b, t) && norm_is_finite(kernels().load_row(to, hidden.row(b, t), hidden.type, hidden.stride, dim)))
+      ++accepted;
     s.seen[size_t(t)] = accepted;
   }
   return s;
@@ -181,9 +192,11 @@ void write_window(float* gram, const float* band, int64_t seen, int64_t window) 
 
 std::tuple<Tensor, Tensor> window_gram(Tensor hidden, int64_t window, int64_t stride, std::optional<Tensor> mask) {
   STD_TORCH_CHECK(hidden.dim() == 3, "window_gram: hidden must be (B, T, D)");
-  STD_TORCH_CHECK(window >= 1 && window <= kMaxWindow && stride >= 1, "window_gram: window must be 1 to ", kMaxWindow, ", stride at least 1");
+  STD_TORCH_CHECK(window >= 1 && window <= kMaxWindow && stride >= 1, "window_gram: window must be 1 to ", kMaxWindow,
+                  ", stride at least 1");
   const int64_t B = hidden.size(0), T = hidden.size(1), D = hidden.size(2), W = T / stride;
-  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == B && mask->size(1) == T),
+  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == B &&
+                            mask->size(1) == T),
                   "window_gram: mask must be bool (B, T)");
   const Rows rows(hidden);
   const Mask keep(mask);

@@ -27,7 +27,8 @@ void dot_block(double* out, const float* x, const T* const* y, int64_t dim) {
       for (int k = 0; k < R; ++k) sum[k] = fma(xi, load8(y[k] + i), sum[k]);
     }
     for (int k = 0; k + 4 <= R; k += 4)
-      store4(total + k, load4(total + k) + lane_sums(fold(sum[k]), fold(sum[k + 1]), fold(sum[k + 2]), fold(sum[k + 3])));
+      store4(total + k,
+             load4(total + k) + lane_sums(fold(sum[k]), fold(sum[k + 1]), fold(sum[k + 2]), fold(sum[k + 3])));
     if (R == 1) total[0] += lane_sum(fold(sum[0]));
   }
   for (; i < dim; ++i)
@@ -63,17 +64,23 @@ double load_row_of(float* x, const T* row, int64_t stride, int64_t dim) {
 
 double load_row(float* x, const void* row, DType type, int64_t stride, int64_t dim) {
   switch (type) {
-    case DType::kBFloat16: return load_row_of(x, static_cast<const bfloat16*>(row), stride, dim);
-    case DType::kFloat16: return load_row_of(x, static_cast<const float16*>(row), stride, dim);
-    default: return load_row_of(x, static_cast<const float*>(row), stride, dim);
+    case DType::kBFloat16:
+      return load_row_of(x, static_cast<const bfloat16*>(row), stride, dim);
+    case DType::kFloat16:
+      return load_row_of(x, static_cast<const float16*>(row), stride, dim);
+    default:
+      return load_row_of(x, static_cast<const float*>(row), stride, dim);
   }
 }
 
 void dot_rows(double* out, const float* x, const void* rows, DType type, int64_t count, int64_t dim) {
   switch (type) {
-    case DType::kBFloat16: return dot_rows_of(out, x, static_cast<const bfloat16*>(rows), count, dim);
-    case DType::kFloat16: return dot_rows_of(out, x, static_cast<const float16*>(rows), count, dim);
-    default: return dot_rows_of(out, x, static_cast<const float*>(rows), count, dim);
+    case DType::kBFloat16:
+      return dot_rows_of(out, x, static_cast<const bfloat16*>(rows), count, dim);
+    case DType::kFloat16:
+      return dot_rows_of(out, x, static_cast<const float16*>(rows), count, dim);
+    default:
+      return dot_rows_of(out, x, static_cast<const float*>(rows), count, dim);
   }
 }
 

@@ -12,7 +12,8 @@ int64_t grain(int64_t n) { return 1 + 1000000 / (1 + n * n * n); }
 
 Tensor spectrum_eigvalsh(Tensor matrices) {
   const int64_t rank = matrices.dim();
-  STD_TORCH_CHECK(rank >= 2 && matrices.size(-1) == matrices.size(-2), "spectrum_eigvalsh: matrices must be (..., N, N)");
+  STD_TORCH_CHECK(rank >= 2 && matrices.size(-1) == matrices.size(-2),
+                  "spectrum_eigvalsh: matrices must be (..., N, N)");
   const int64_t n = matrices.size(-1);
   STD_TORCH_CHECK(n >= 1 && n <= kMaxWindow, "spectrum_eigvalsh: N must be 1 to ", kMaxWindow, ", got ", n);
   const bool is_double = matrices.scalar_type() == ScalarType::Double;
@@ -32,8 +33,8 @@ Tensor spectrum_eigvalsh(Tensor matrices) {
   return values;
 }
 
-void spectrum_descriptors_(Tensor descriptors, Tensor eigenvalues, Tensor gram, Tensor seen, Tensor mp_median, int64_t dim,
-                           bool center, int64_t joint) {
+void spectrum_descriptors_(Tensor descriptors, Tensor eigenvalues, Tensor gram, Tensor seen, Tensor mp_median,
+                           int64_t dim, bool center, int64_t joint) {
   const SpectrumShape shape = check_spectrum_descriptors(descriptors, eigenvalues, gram, seen, mp_median, dim, joint);
   DescriptorArgs args;
   args.gram = static_cast<const float*>(gram.const_data_ptr());
@@ -42,7 +43,8 @@ void spectrum_descriptors_(Tensor descriptors, Tensor eigenvalues, Tensor gram, 
   args.descriptors = static_cast<float*>(descriptors.mutable_data_ptr());
   args.eigenvalues = static_cast<float*>(eigenvalues.mutable_data_ptr());
   args.seen_stride = seen.stride(0);
-  for (int i = 0; i < 2; ++i) args.descriptors_stride[i] = descriptors.stride(i), args.eigenvalues_stride[i] = eigenvalues.stride(i);
+  for (int i = 0; i < 2; ++i)
+    args.descriptors_stride[i] = descriptors.stride(i), args.eigenvalues_stride[i] = eigenvalues.stride(i);
   args.layers = shape.layers;
   args.batch = shape.batch;
   args.window = shape.window;
@@ -50,7 +52,8 @@ void spectrum_descriptors_(Tensor descriptors, Tensor eigenvalues, Tensor gram, 
   args.joint = int(joint);
   args.center = center;
   const int64_t problems = joint == kPerLayer ? shape.layers * shape.batch : shape.batch;
-  torch::stable::parallel_for(0, problems, grain(shape.window), [&](int64_t begin, int64_t end) { kernels().descriptors(args, begin, end); });
+  torch::stable::parallel_for(0, problems, grain(shape.window),
+                              [&](int64_t begin, int64_t end) { kernels().descriptors(args, begin, end); });
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ namespace {
 
 constexpr double kEpsilon = 1.1102230246251565e-16;
 constexpr double kNegligible = 1e-200;  // of the square of the largest entry: far below every rounding, above underflow
-constexpr int kMaxSweeps = 60;  // per eigenvalue; two are usual
+constexpr int kMaxSweeps = 60;          // per eigenvalue; two are usual, and without convergence it becomes NaN
 
 RMT_INLINE int round_up4(int n) { return (n + 3) & ~3; }
 RMT_INLINE f64x4 absolute(f64x4 x) { return (f64x4)((i64x4)x & i64x4{INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX}); }
@@ -112,13 +112,13 @@ struct Lanes {
   f64x4 e2[kMaxWindow * K];
 };
 
-// One sweep of QL in four lanes. The rational form of Pal, Walker and Kahan, with r_i = p + e2_i, c = p / r, s = e2 / r,
-// gamma' = c (d_i - sigma) - s gamma and p' = gamma'^2 / c, waits for a division in every step. Written with the
+// One sweep of QL in four lanes. The rational form of Pal, Walker and Kahan, with r_i = p + e2_i, c = p / r, s = e2 /
+// r, gamma' = c (d_i - sigma) - s gamma and p' = gamma'^2 / c, waits for a division in every step. Written with the
 // determinants w of the trailing blocks of T - sigma, nothing does:
 //     w_i = (d_i - sigma) w_{i+1} - e2_i w_{i+2}          R_i = w_{i+1}^2 + e2_i R_{i+1}
 //     p_i = w_i^2 / R_i    gamma_i = w_{i+1} w_i / R_i    r_i = R_i / R_{i+1}    s_i = e2_i R_{i+1} / R_i
-// The recurrence of w is exact for entries of T off by a rounding, and R adds positive terms, so the sweep is as stable.
-// w and R have no scale of their own: rescale() keeps them near 1.
+// The recurrence of w is exact for entries of T off by a rounding, and R adds positive terms, so the sweep is as
+// stable. w and R have no scale of their own: rescale() keeps them near 1.
 struct Sweep {
   f64x4 sigma, gamma, w, w_before, r, r_inverse, s;
   i64x4 active;
@@ -174,12 +174,16 @@ RMT_INLINE void rescale(Sweep& q) {
 template <int K>
 void implicit_ql(Lanes<K>& t, int n) {
   for (int l = 0; l + 1 < n; ++l) {
-    for (int count = 0; count < kMaxSweeps; ++count) {
+    for (int count = 0; count <= kMaxSweeps; ++count) {
       Sweep q[K];
       bool more = false;
       for (int k = 0; k < K; ++k)
         more |= start_sweep(q[k], t.d[l * K + k], t.d[(l + 1) * K + k], t.e2[l * K + k], t.d[(n - 1) * K + k]);
       if (!more) break;
+      if (count == kMaxSweeps) {
+        for (int k = 0; k < K; ++k) t.d[l * K + k] = q[k].active ? splat(NAN) : t.d[l * K + k];
+        break;
+      }
       for (int i = n - 2; i >= l; --i) {
         for (int k = 0; k < K; ++k) {
           f64x4 &d_below = t.d[(i + 1) * K + k], &e2_below = t.e2[(i + 1) * K + k], square;
@@ -225,7 +229,8 @@ double normalise(Workspace& s, int n) {
 }
 
 // Runs problems first .. first + count - 1 (count <= 4 K, all of size n) through the solver. `load(workspace, i)` fills
-// the matrix of problem i, `save(i, values, scale)` takes its eigenvalues in ascending order, to be multiplied by scale.
+// the matrix of problem i, `save(i, values, scale)` takes its eigenvalues in ascending order, to be multiplied by
+// scale.
 template <int K, class Load, class Save>
 void solve_group(int64_t first, int count, int n, const Load& load, const Save& save) {
   Workspace work;
@@ -272,7 +277,8 @@ void eigvalsh(const T* matrices, T* eigenvalues, int64_t n64, int64_t begin, int
   const auto save = [=](int64_t problem, const double* values, double scale) {
     for (int i = 0; i < n; ++i) eigenvalues[problem * n + i] = T(values[i] * scale);
   };
-  for (int64_t first = begin; first < end; first += 8) solve(first, int(end - first < 8 ? end - first : 8), n, load, save);
+  for (int64_t first = begin; first < end; first += 8)
+    solve(first, int(end - first < 8 ? end - first : 8), n, load, save);
 }
 
 // The rows x rows block of one Gram matrix: a += weight * G.
@@ -283,6 +289,7 @@ void add_gram(double* a, const float* gram, int rows, int window, double weight)
 }
 
 // Trace of the block, centred or not. Centring subtracts the mean row of the window: tr(J G J) = tr G - sum(G) / rows.
+// What centring leaves of equal rows is the rounding of G: below the resolution it is taken for the zero it stands for.
 double gram_trace(const float* gram, int rows, int window, bool center) {
   double trace = 0, sum = 0;
   for (int i = 0; i < rows; ++i) {
@@ -294,8 +301,9 @@ double gram_trace(const float* gram, int rows, int window, bool center) {
     sum += lane_sum(part);
     for (; j < rows; ++j) sum += double(gram[i * window + j]);
   }
-  if (center && rows > 0) trace -= sum / rows;
-  return trace < 0 && std::isfinite(trace) ? 0.0 : trace;  // what is not finite must reach the solver
+  const double centred = center && rows > 0 ? trace - sum / rows : trace;
+  const bool nothing = centred <= (center ? kResolution * trace : 0.0) && std::isfinite(centred);
+  return nothing ? 0.0 : centred;  // what is not finite must reach the solver
 }
 
 // G -> J G J with J = I - 11'/rows: the Gram matrix of the rows less their mean, at a cost of rows^2.
@@ -306,8 +314,9 @@ void center_gram(double* a, int rows) {
     f64x4 sum = splat(0);
     for (int j = 0; j < ld; j += 4) sum += load4(a + i * ld + j);
     mean[i] = lane_sum(sum) / rows;
-    total += mean[i] / rows;
+    total += mean[i];
   }
+  total /= rows;
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < rows; ++j) a[i * ld + j] += (total - mean[i]) - mean[j];
 }
@@ -328,7 +337,7 @@ double load_window(const DescriptorArgs& args, double* a, int64_t problem, int r
   for (int64_t layer = first; layer < last; ++layer) {
     const double trace = gram_trace(gram(layer), rows, window, args.center);
     const bool scaled = args.joint == kJointTrace;
-    if (!scaled || trace != 0) add_gram(a, gram(layer), rows, window, scaled ? 1 / trace : 1.0);
+    if (trace != 0) add_gram(a, gram(layer), rows, window, scaled ? 1 / trace : 1.0);
     trace_sum += trace;
     log_sum += log_trace(trace, double(args.dim));
   }
@@ -338,7 +347,8 @@ double load_window(const DescriptorArgs& args, double* a, int64_t problem, int r
 }
 
 int rows_of(const DescriptorArgs& args, int64_t problem) {
-  return int(window_rows(args.seen[problem % args.batch * args.seen_stride], args.window));
+  const int64_t seen = args.seen[problem % args.batch * args.seen_stride];
+  return seen > 0 ? int(window_rows(seen, args.window)) : 0;
 }
 
 }  // namespace
@@ -356,7 +366,8 @@ void descriptors(const DescriptorArgs& args, int64_t begin, int64_t end) {
     const auto load = [&](double* a, int64_t problem) { logs[problem - first] = load_window(args, a, problem, rows); };
     const auto save = [&](int64_t problem, const double* values, double scale) {
       const int64_t layer = problem / args.batch, sequence = problem % args.batch;
-      float* eigenvalues = args.eigenvalues + layer * args.eigenvalues_stride[0] + sequence * args.eigenvalues_stride[1];
+      float* eigenvalues =
+          args.eigenvalues + layer * args.eigenvalues_stride[0] + sequence * args.eigenvalues_stride[1];
       float* out = args.descriptors + layer * args.descriptors_stride[0] + sequence * args.descriptors_stride[1];
       double lambda[kMaxWindow];
       for (int i = 0; i < n; ++i) {

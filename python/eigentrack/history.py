@@ -7,7 +7,9 @@ from torch import Tensor
 class History:
     """Per step of one request, step first: descriptors, eigenvalues, tokens, and which sequences took part."""
 
-    def __init__(self, batch: int, spectra: int, features: int, window: int, device: torch.device, capacity: int = 256) -> None:
+    def __init__(
+        self, batch: int, spectra: int, features: int, window: int, device: torch.device, capacity: int = 256
+    ) -> None:
         self.steps = 0
         self.descriptors = torch.empty(capacity, spectra, batch, features, device=device)
         self.eigenvalues = torch.empty(capacity, spectra, batch, window, device=device)
@@ -24,7 +26,7 @@ class History:
         return self.steps - 1
 
     def read(self, name: str) -> Tensor:
-        """A copy of one field, sequence first: (B, T) or (B, T, S, ...); NaN where a sequence took no part in a step."""
+        """A copy of one field, sequence first: (B, T) or (B, T, S, ...); NaN where a sequence took no part."""
         values: Tensor = getattr(self, name)[: self.steps]
         if not values.is_floating_point():
             return values.t().contiguous()

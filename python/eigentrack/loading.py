@@ -43,7 +43,7 @@ def load_causal_lm(name: str | Path) -> tuple[Any, Any]:
 
 
 def _dequantised(path: Path) -> Path:
-    """Folder with the float32 form of a GGUF file, named by its content; written beside and renamed, so never half there."""
+    """Folder with the float32 form of a GGUF file, named by its content; written aside and renamed, never half there."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with path.open("rb") as file:
@@ -56,7 +56,7 @@ def _dequantised(path: Path) -> Path:
     try:
         source, file_name = str(path.parent), path.name
         AutoTokenizer.from_pretrained(source, gguf_file=file_name).save_pretrained(partial)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32)
         # What is saved is dequantised, but transformers would write down that it is not.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False

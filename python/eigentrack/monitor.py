@@ -159,7 +159,9 @@ class EigenTrack:
             self._hooks.append(module.register_forward_hook(self._tap(position)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -179,7 +181,8 @@ class EigenTrack:
         entered = time.perf_counter_ns()
         self._forwards += 1
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        batch, steps = (embeds if ids is None else ids).shape[:2]
+        fed: Any = embeds if ids is None else ids
+        batch, steps = fed.shape[:2]
         cache = kwargs.get("past_key_values")
         decoding = cache is not None and steps == 1 and cache.get_seq_length() > 0
         if not decoding and not self._prompt_too and not self._uses_cache(kwargs):
@@ -190,7 +193,7 @@ class EigenTrack:
         self._guard_cache(cache)
         fresh = cache is None or cache.get_seq_length() == 0 or not (decoding or self._prompt_too)
         if fresh or self._alive is None or len(self._alive) != batch:
-            self._begin(batch, (embeds if ids is None else ids).device)
+            self._begin(batch, fed.device)
         self._ids, self._mask = ids, self._row_mask(kwargs.get("attention_mask"), ids, steps, decoding)
         self._rows = [None] * len(self._taps) if decoding or self._prompt_too else []
         self._missing = len(self._taps)
@@ -203,7 +206,9 @@ class EigenTrack:
                 return
             entered = time.perf_counter_ns()
             if rows[position] is not None:
-                raise EigenTrackError(f"{type(module).__name__} ran twice in one forward pass; watch its callers instead")
+                raise EigenTrackError(
+                    f"{type(module).__name__} ran twice in one forward pass; watch its callers instead"
+                )
             rows[position] = output
             self._missing -= 1
             if not self._missing:
@@ -222,7 +227,10 @@ class EigenTrack:
         for t in range(steps):
             one = slice(t, t + 1)
             step = history.next_step()
-            state.update(rows if steps == 1 else [row[:, one] for row in rows], mask if mask is None or steps == 1 else mask[:, one])
+            state.update(
+                rows if steps == 1 else [row[:, one] for row in rows],
+                mask if mask is None or steps == 1 else mask[:, one],
+            )
             spectrum_descriptors_(
                 history.descriptors[step],
                 history.eigenvalues[step],
@@ -259,7 +267,12 @@ class EigenTrack:
         batch, _, dim = rows.shape
         shape = (len(self._taps), batch, self.window, dim)
         state = self._state
-        if state is None or state.ring.shape != shape or state.ring.dtype != rows.dtype or state.ring.device != rows.device:
+        if (
+            state is None
+            or state.ring.shape != shape
+            or state.ring.dtype != rows.dtype
+            or state.ring.device != rows.device
+        ):
             state = self._state = SlidingWindow(*shape, dtype=rows.dtype, device=rows.device)
         if self._history is None:
             spectra = len(self._taps) if self._joint is None else 1
@@ -268,7 +281,9 @@ class EigenTrack:
 
     def _read(self, name: str) -> Tensor:
         if self._history is None:
-            raise EigenTrackError('nothing has been watched yet: with start="answer" that begins with the first generated token')
+            raise EigenTrackError(
+                'nothing has been watched yet: with start="answer" that begins with the first generated token'
+            )
         return self._history.read(name)
 
     # Beam search reorders the cache between steps, and windows would belong to the wrong beams
@@ -303,7 +318,9 @@ class EigenTrack:
 
 
 def _refuse_reordering(*args: Any, **kwargs: Any) -> None:
-    raise UnsupportedGenerationError("beam search moves sequences between steps, which EigenTrack does not follow: use num_beams=1")
+    raise UnsupportedGenerationError(
+        "beam search moves sequences between steps, which EigenTrack does not follow: use num_beams=1"
+    )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eigentrack.watch import Watched
+from eigentrack.watch import Watched, printable
 from rmtkernels import DESCRIPTORS
 
 
@@ -28,7 +28,8 @@ def plot_spectra(runs: Sequence[Watched], path: str | Path) -> Path:
         for rank in range(eigenvalues.shape[1]):
             top.semilogy(eigenvalues[:, rank], color=colours(rank / eigenvalues.shape[1]), linewidth=0.9)
         name = f"layer {run.layers[middle]}" if spectra > 1 else "joint"
-        title = run.prompt if len(run.prompt) < 60 else run.prompt[:57] + "..."
+        prompt = printable(run.prompt)
+        title = prompt if len(prompt) < 60 else prompt[:57] + "..."
         top.set_title(title.replace("$", r"\$"), fontsize=10)
         for spectrum in range(spectra):
             label = f"layer {run.layers[spectrum]}" if spectra > 1 else "joint"

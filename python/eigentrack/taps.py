@@ -14,7 +14,9 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     Raises:
         TapError: if there is none.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer:
         raise TapError(f"no list of blocks in {type(model).__name__}; name the modules to watch with modules=[...]")
@@ -48,14 +50,18 @@ def hidden_state(output: object) -> torch.Tensor:
     """
     hidden = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
-        raise TapError(f"a watched module must return a (B, T, D) tensor, or a tuple that starts with one, got {type(hidden)}")
+        raise TapError(
+            f"a watched module must return a (B, T, D) tensor, or a tuple that starts with one, got {type(hidden)}"
+        )
     return hidden
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Raises UnsupportedModelError for models on which hooks would silently do nothing, or that are not decoder-only."""
+    """Raises UnsupportedModelError for models on which hooks would silently do nothing, and for encoder-decoders."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model; EigenTrack watches decoder-only models")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model; EigenTrack watches decoder-only models"
+        )
     compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call", None)
     if compiled or any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedModelError(

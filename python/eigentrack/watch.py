@@ -83,7 +83,9 @@ def watch(
         what = "mean over the watched layers" if track.spectra == "per_layer" else "the joint spectrum"
         write(f"prompt: {printable(prompt)}")
         write(f"layers {', '.join(map(str, track.layers))}; window {track.window}; {what}")
-        write(f"{'step':>4}  {'token':<16}  {'λ₁/Σλ':>7}  {'entropy':>7}  {'eff.rank':>7}  {'>edge':>5}  entropy / ln n")
+        write(
+            f"{'step':>4}  {'token':<16}  {'λ₁/Σλ':>7}  {'entropy':>7}  {'eff.rank':>7}  {'>edge':>5}  entropy / ln n"
+        )
         printer = _Printer(track, tokenizer, colour, write)
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList([printer])

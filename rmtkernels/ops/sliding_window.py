@@ -26,7 +26,9 @@ def _window_push_fake(ring: Tensor, gram: Tensor, seen: Tensor, rows: list[Tenso
 
 
 @torch.library.register_fake("rmtkernels::window_gram")
-def _window_gram_fake(hidden: Tensor, window: int, stride: int = 1, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _window_gram_fake(
+    hidden: Tensor, window: int, stride: int = 1, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     batch, windows = hidden.shape[0], hidden.shape[1] // stride
     gram = hidden.new_empty((batch, windows, window, window), dtype=torch.float32)
     return gram, hidden.new_empty((batch, windows), dtype=torch.int64)
@@ -43,8 +45,8 @@ def window_push_(
 ) -> None:
     """Pushes one or more rows into the windows of many streams (layers x sequences), in place.
 
-    Each row goes into the next slot of its ring; its inner products with the slots in use refresh one row and one column
-    of the Gram matrix. Nothing is accumulated over time, so there is no drift. A row with NaN or Inf in any layer (or a
+    Each row goes into the next slot of its ring; its inner products with the slots in use refresh one row and column of
+    the Gram matrix. Nothing is accumulated over time, so there is no drift. A row with NaN or Inf in any layer (or a
     squared norm beyond float32) is skipped in all layers, as a masked row is, and counted.
 
     Args:

@@ -114,7 +114,7 @@ def spectrum_descriptors(
         ShapeError, DtypeError, DeviceError: on bad arguments.
         BackendError: if `backend` is missing.
 
-    Source: EigenTrack (arXiv 2509.15735) section III-B; scales, floors and the dual form are ours (docs/conventions.md).
+    Source: EigenTrack (arXiv 2509.15735) section III-B; scales, floors and dual form are ours (docs/conventions.md).
     """
     _check_gram(gram)
     layers, batch, window = gram.shape[:3]
@@ -138,7 +138,7 @@ def spectrum_descriptors_(
     joint: str | None = None,
     backend: str | None = None,
 ) -> None:
-    """`spectrum_descriptors` into buffers of the caller's: float32, unit last stride, gram contiguous. Allocates nothing."""
+    """`spectrum_descriptors` into the caller's buffers (float32, unit last stride); gram contiguous. Allocates nothing."""
     if select("spectrum_descriptors_", gram.device, backend) == "reference":
         _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
         values = reference.spectrum_descriptors_ref(gram.detach(), seen, dim, center=center, joint=joint)
@@ -150,14 +150,16 @@ def spectrum_descriptors_(
         torch.ops.rmtkernels.spectrum_descriptors_(
             descriptors, eigenvalues, gram, seen, medians, dim, center, _JOINT[joint]
         )
-    except (RuntimeError, KeyError, ValueError, ZeroDivisionError):  # the kernel checks before it writes; here its refusal gets its type
+    except (RuntimeError, KeyError, ValueError, ZeroDivisionError):
+        # All was checked before anything was written; here the refusal gets its type.
         _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
         raise
 
 
 def _medians(window: int, dim: int, like: Tensor) -> Tensor:
     """(window + 1,) float64: entry n is the Marchenko-Pastur median of n eigenvalues of rows of width `dim`."""
-    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a kept table cannot be traced, nor a traced one kept
+    # A kept table cannot be traced, nor a traced one kept.
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
         return torch.ops.rmtkernels.spectrum_medians(like, window, dim)  # type: ignore[no-any-return]
     return _median_table(window, dim, like.device)
 
@@ -180,6 +182,8 @@ def _check_descriptors(
     layers, batch, window = gram.shape[:3]
     if joint not in _JOINT:
         raise ShapeError(f'joint must be None, "trace" or "none", got {joint!r}')
+    if joint is not None and layers == 0:
+        raise ShapeError("a joint spectrum needs at least one layer")
     if dim < 1:
         raise ShapeError(f"dim must be positive, got {dim}")
     if seen.shape != (batch,):
@@ -204,7 +208,9 @@ def _check_gram(gram: Tensor) -> None:
 
 def _check_out(name: str, out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if out.shape != shape or out.stride(-1) != 1:
-        raise ShapeError(f"{name} must be {shape} with unit last stride, got {tuple(out.shape)}, strides {out.stride()}")
+        raise ShapeError(
+            f"{name} must be {shape} with unit last stride, got {tuple(out.shape)}, strides {out.stride()}"
+        )
     if out.dtype != torch.float32:
         raise DtypeError(f"{name} must be float32, got {out.dtype}")
     if out.device != device:

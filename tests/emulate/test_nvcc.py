@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = Path(__file__).with_name("register_budget.json")
 ARCHITECTURE = "sm_90"
+SHIPPED = ("80", "86", "89", "90", "100", "120")
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Icsrc/include", "-Icsrc"]
 PTXAS = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Xptxas", "-Werror"]
 
@@ -42,6 +43,23 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int
 def test_no_kernel_uses_local_memory(kernels: dict[str, dict[str, int]]) -> None:
     assert len(kernels) == 6
     assert {name for name, used in kernels.items() if used["local_bytes"] > 0} == set()
+
+
+def test_no_shipped_architecture_spills(tmp_path: Path) -> None:
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in SHIPPED]
+    command = [
+        "nvcc",
+        *FLAGS,
+        *PTXAS,
+        *targets,
+        "--threads=2",
+        "-c",
+        "csrc/cuda/sliding_window.cu",
+        "-o",
+        f"{tmp_path}/all.o",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr  # ptxas warnings about spills and local memory are errors
 
 
 def test_registers_stay_within_budget(kernels: dict[str, dict[str, int]]) -> None:

@@ -32,12 +32,25 @@ def tiny_llama(**changes: Any) -> Any:
 def tiny_gpt2() -> Any:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=DEPTH, n_head=4, n_positions=256, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=DEPTH,
+        n_head=4,
+        n_positions=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return GPT2LMHeadModel(config).eval()
 
 
 MODELS: dict[str, Callable[[], Any]] = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two OpenMP threads collapse as soon as anything else runs."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=sorted(MODELS))
@@ -52,6 +65,5 @@ def llama() -> Any:
 
 @pytest.fixture(scope="session")
 def real() -> tuple[Any, Any]:
-    """(model, tokenizer) of SmolLM2-135M, on one thread: two collapse when anything else runs."""
-    torch.set_num_threads(1)
+    """(model, tokenizer) of SmolLM2-135M."""
     return load_causal_lm(demo_model())

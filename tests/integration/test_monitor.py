@@ -20,7 +20,9 @@ def prompt(batch: int = 1, length: int = 5, seed: int = 1) -> Tensor:
 def generate(model: Any, ids: Tensor, new_tokens: int = 20, **options: Any) -> Tensor:
     torch.manual_seed(0)
     options = {"do_sample": True, "eos_token_id": None, "suppress_tokens": [0, 1, 2], **options}
-    return model.generate(ids, attention_mask=options.pop("attention_mask", ids != 0), max_new_tokens=new_tokens, **options)
+    return model.generate(
+        ids, attention_mask=options.pop("attention_mask", ids != 0), max_new_tokens=new_tokens, **options
+    )
 
 
 def assert_same_spectra(values: Tensor, want: Tensor) -> None:
@@ -34,7 +36,7 @@ def hooks_of(model: Any) -> int:
 
 
 def oracle(model: Any, tokens: Tensor, first: int, layers: list[int], joint: str | None = None) -> Tensor:
-    """(T, F) float64 descriptors of one (1, T) sequence, watched from position `first`, from the model's own hidden states."""
+    """(T, F) float64 descriptors of a (1, T) sequence from position `first` on, from the model's own hidden states."""
     with torch.no_grad():
         blocks = hidden_states(model, tokens)
     grams = [window_gram_ref(blocks[i][:, first:], WINDOW, dtype=torch.float64) for i in layers]
@@ -47,7 +49,10 @@ def hidden_states(model: Any, tokens: Tensor) -> list[Tensor]:
     """Outputs of all blocks, collected by hooks of the test's own."""
     collected: list[Tensor] = []
     blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
-    handles = [b.register_forward_hook(lambda m, a, out: collected.append(out[0] if isinstance(out, tuple) else out)) for b in blocks]
+    handles = [
+        b.register_forward_hook(lambda m, a, out: collected.append(out[0] if isinstance(out, tuple) else out))
+        for b in blocks
+    ]
     model(tokens)
     for handle in handles:
         handle.remove()
@@ -81,14 +86,14 @@ def test_outputs_are_bit_identical_and_hooks_go_away(model: Any) -> None:
 
 
 def test_hooks_go_away_when_generation_fails(llama: Any) -> None:
-    class Boom(RuntimeError):
+    class BoomError(RuntimeError):
         pass
 
     def fail(*args: Any) -> None:
-        raise Boom
+        raise BoomError
 
     handle = llama.model.layers[3].register_forward_hook(fail)
-    with pytest.raises(Boom), EigenTrack(llama, layers="all"):
+    with pytest.raises(BoomError), EigenTrack(llama, layers="all"):
         generate(llama, prompt())
     handle.remove()
     assert hooks_of(llama) == 0
@@ -186,7 +191,9 @@ def test_wrong_layers_are_refused(llama: Any, layers: Any) -> None:
         EigenTrack(llama, layers=layers)
 
 
-@pytest.mark.parametrize("options", [{"window": 0}, {"window": 129}, {"spectra": "both"}, {"start": "now"}, {"layer_scale": "x"}])
+@pytest.mark.parametrize(
+    "options", [{"window": 0}, {"window": 129}, {"spectra": "both"}, {"start": "now"}, {"layer_scale": "x"}]
+)
 def test_wrong_options_are_refused(llama: Any, options: dict[str, Any]) -> None:
     with pytest.raises(EigenTrackError):
         EigenTrack(llama, **options)

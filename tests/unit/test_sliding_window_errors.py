@@ -15,7 +15,11 @@ Arguments = dict[str, Any]
 
 def arguments() -> Arguments:
     state = pushed(empty_state(L, B, N, D), [normal(B, 2, D, seed=s) for s in range(L)])
-    return {**state._asdict(), "rows": [normal(B, D, seed=5 + s) for s in range(L)], "mask": torch.ones(B, dtype=torch.bool)}
+    return {
+        **state._asdict(),
+        "rows": [normal(B, D, seed=5 + s) for s in range(L)],
+        "mask": torch.ones(B, dtype=torch.bool),
+    }
 
 
 def steps(count: int) -> list[torch.Tensor]:

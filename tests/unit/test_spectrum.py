@@ -96,9 +96,13 @@ FAMILIES: dict[str, Callable[[int], Tensor]] = {
     "graded up 200 decades": lambda n: graded(n, 200, "up"),
     "entries of any size": lambda n: symmetric(n) * 10.0 ** (-150 * torch.sin(symmetric(n, seed=3)).abs()),
     "small integers": lambda n: (3 * normal(n, n, dtype=DOUBLE)).round().tril(),
-    "Wilkinson W+": lambda n: tridiagonal((torch.arange(n, dtype=DOUBLE) - n // 2).abs(), torch.ones(n - 1, dtype=DOUBLE)),
+    "Wilkinson W+": lambda n: tridiagonal(
+        (torch.arange(n, dtype=DOUBLE) - n // 2).abs(), torch.ones(n - 1, dtype=DOUBLE)
+    ),
     "zero diagonal": lambda n: tridiagonal(torch.zeros(n, dtype=DOUBLE), normal(n - 1, dtype=DOUBLE).exp()),
-    "underflowing couplings": lambda n: tridiagonal(torch.ones(n, dtype=DOUBLE), 10.0 ** (-9.0 * torch.arange(n - 1).double())),
+    "underflowing couplings": lambda n: tridiagonal(
+        torch.ones(n, dtype=DOUBLE), 10.0 ** (-9.0 * torch.arange(n - 1).double())
+    ),
 }
 
 
@@ -111,7 +115,7 @@ def test_hard_families(family: str) -> None:
 
 
 def test_a_tail_far_below_its_head_is_still_eliminated() -> None:
-    """An entry 1e-9 beside a 1 in its column vanishes in the column's norm, and moves eigenvalues by 1e-9 all the same."""
+    """An entry 1e-9 beside a 1 vanishes in their column's norm, and moves eigenvalues by 1e-9 all the same."""
     for tail in (1e-5, 1e-7, 1e-8, 3e-9, 1e-9, 1e-11, 1e-13):
         corner = torch.tensor([[0.0, 1.0, tail], [1.0, 0.0, 1.0], [tail, 1.0, 0.0]], dtype=DOUBLE)
         assert_accurate(spectrum_eigvalsh(corner), lapack(corner))

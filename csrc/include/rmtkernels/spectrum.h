@@ -17,12 +17,12 @@ constexpr int kLeading = 5;
 
 // Position of each descriptor in the output; rmtkernels/ops/spectrum.py has the same list by name.
 enum Descriptor : int {
-  kShare = 0,                              // lambda_i / trace, i = 1..5
-  kRatio = kShare + kLeading,              // lambda_i / lambda_{i+1}, i = 1..4
-  kLogTrace = kRatio + kLeading - 1,       // ln of the sum of eigenvalues
-  kEntropy = kLogTrace + 1,                // -sum p ln p, p = lambda / trace, in nats
-  kParticipation = kEntropy + 1,           // 1 / sum p^2
-  kAboveEdge = kParticipation + 1,         // how many eigenvalues exceed the Marchenko-Pastur edge
+  kShare = 0,                         // lambda_i / trace, i = 1..5
+  kRatio = kShare + kLeading,         // lambda_i / lambda_{i+1}, i = 1..4
+  kLogTrace = kRatio + kLeading - 1,  // ln of the sum of eigenvalues
+  kEntropy = kLogTrace + 1,           // -sum p ln p, p = lambda / trace, in nats
+  kParticipation = kEntropy + 1,      // 1 / sum p^2
+  kAboveEdge = kParticipation + 1,    // how many eigenvalues exceed the Marchenko-Pastur edge
   kDescriptors = kAboveEdge + 1
 };
 
@@ -55,10 +55,11 @@ RMT_HD double upper_edge(double variance, int n, int64_t dim) {
   return variance * root * root;
 }
 
-// All descriptors of n eigenvalues in descending order, none negative. Absent eigenvalues (n < 5) count as zero. A
-// window without energy has shares, entropy and participation 0 and ratios 1. log_trace is the caller's, since a joint
-// spectrum takes it before scaling.
-RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, double mp_median, double log_trace, float* out) {
+// All descriptors of n eigenvalues in descending order, none negative. An absent eigenvalue has share 0 and ratio 1,
+// and so have all of a window without energy, whose entropy and participation are 0 too. log_trace is the caller's,
+// since a joint spectrum takes it before scaling.
+RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, double mp_median, double log_trace,
+                                 float* out) {
   double trace = 0, squares = 0;
   for (int i = 0; i < n; ++i) {
     trace += lambda[i];
@@ -75,7 +76,8 @@ RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, doubl
     const double here = i < n ? lambda[i] : 0.0, next = i + 1 < n ? lambda[i + 1] : 0.0;
     out[kShare + i] = empty ? 0.0f : float(here / trace);
     if (i + 1 < kLeading)
-      out[kRatio + i] = empty ? 1.0f : float((here > floor ? here : floor) / (next > floor ? next : floor));
+      out[kRatio + i] =
+          empty || i + 1 >= n ? 1.0f : float((here > floor ? here : floor) / (next > floor ? next : floor));
   }
   const double edge = upper_edge(noise_variance(lambda, n, dim, mp_median), n, dim);
   int above = 0;

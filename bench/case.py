@@ -1,0 +1,45 @@
+"""What a benchmark case is, and the registry of all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison, set up and ready to run.
+
+    Attributes:
+        ours: one call of our implementation.
+        peers: the same job by others; a name that starts with "best of:" marks candidates of which the fastest counts.
+        verify: raises AssertionError if ours or a peer computes something else than the oracle.
+        targets: lowest ratio peer / ours to reach, by peer ("best" for the fastest candidate).
+        bytes_read: what a call cannot avoid reading, for the floor that copy bandwidth sets.
+        extra: further figures of ours, taken after the timing, and the highest value each may have.
+    """
+
+    ours: Callable[[], object]
+    peers: dict[str, Callable[[], object]]
+    verify: Callable[[], None]
+    targets: dict[str, float]
+    bytes_read: int = 0
+    extra: Callable[[], dict[str, float]] = dict
+    limits: dict[str, float] = field(default_factory=dict)
+    rounds: int = 60
+
+
+REGISTRY: dict[str, tuple[int, Callable[[], Case]]] = {}
+
+
+def case(name: str, threads: int = 1) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
+    """Registers a function that sets a case up, to be run with `threads` CPU threads."""
+
+    def register(setup: Callable[[], Case]) -> Callable[[], Case]:
+        REGISTRY[name] = (threads, setup)
+        return setup
+
+    return register
+
+
+def load_all() -> None:
+    """Imports every case file."""
+    from bench.cases import eigentrack, sliding_window, spectrum  # noqa: F401

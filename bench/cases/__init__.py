@@ -1,0 +1,1 @@
+"""One file per slice, and one for the monitor end to end."""

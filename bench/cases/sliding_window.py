@@ -1,0 +1,145 @@
+"""sliding_window: one decoded token, ten layers of width 576, window 32, joined into one spectrum."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import rmtkernels
+from bench.case import Case, case
+from rmtkernels.reference import spectrum_eigvalsh_ref
+
+LAYERS, WINDOW, WIDTH, POOL = 10, 32, 576, 41
+
+
+class Stream:
+    """Rows from a pool that fits the cache, as fresh activations do; no window holds one of them twice."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randn(1, WIDTH, generator=generator) for _ in range(POOL)]
+        self.tokens = [[rows[(step + 5 * layer) % POOL] for layer in range(LAYERS)] for step in range(POOL)]
+        self.step = 0
+
+    def next(self) -> list[Tensor]:
+        self.step += 1
+        return self.tokens[self.step % POOL]
+
+
+class Ours:
+    def __init__(self, joint: str) -> None:
+        self.stream, self.joint = Stream(), joint
+        self.state = rmtkernels.SlidingWindow(LAYERS, 1, WINDOW, WIDTH)
+        self.descriptors, self.eigenvalues = torch.empty(1, 1, len(rmtkernels.DESCRIPTORS)), torch.empty(1, 1, WINDOW)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        state = self.state
+        state.update(self.stream.next())
+        rmtkernels.spectrum_descriptors_(
+            self.descriptors, self.eigenvalues, state.gram, state.rows, WIDTH, center=False, joint=self.joint
+        )
+        return self.eigenvalues
+
+
+class PerLayer:
+    """Plain PyTorch: rings and Gram matrices per layer, one row and column refreshed, eigvalsh of the scaled sum."""
+
+    def __init__(self, dots: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.stream, self.dots = Stream(), dots
+        self.ring, self.gram = torch.zeros(LAYERS, WINDOW, WIDTH), torch.zeros(LAYERS, WINDOW, WINDOW)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        rows = torch.cat(self.stream.next())
+        slot = (self.stream.step - 1) % WINDOW
+        self.ring[:, slot] = rows
+        dots = self.dots(self.ring, rows)
+        self.gram[:, slot] = dots
+        self.gram[:, :, slot] = dots
+        traces = self.gram.diagonal(dim1=1, dim2=2).sum(1)
+        return torch.linalg.eigvalsh(torch.einsum("lij,l->ij", self.gram, 1 / traces))
+
+
+class Concatenated:
+    """Plain PyTorch on the concatenated layers, as they are: one matrix-vector product, one eigvalsh."""
+
+    def __init__(self, solve: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.stream, self.solve = Stream(), solve
+        self.ring, self.gram = torch.zeros(WINDOW, LAYERS * WIDTH), torch.zeros(WINDOW, WINDOW)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        row = torch.cat(self.stream.next(), 1)[0]
+        slot = (self.stream.step - 1) % WINDOW
+        self.ring[slot] = row
+        if self.solve is torch.linalg.eigvalsh:
+            dots = torch.mv(self.ring, row)
+            self.gram[slot] = dots
+            self.gram[:, slot] = dots
+            return torch.linalg.eigvalsh(self.gram)
+        return torch.linalg.svdvals(self.ring).square()
+
+
+def bmm(ring: Tensor, rows: Tensor) -> Tensor:
+    return torch.bmm(ring, rows[:, :, None])[:, :, 0]
+
+
+def multiply_and_sum(ring: Tensor, rows: Tensor) -> Tensor:
+    return (ring * rows[:, None]).sum(-1)
+
+
+def matrix_vector_loop(ring: Tensor, rows: Tensor) -> Tensor:
+    return torch.stack([torch.mv(layer, row) for layer, row in zip(ring, rows, strict=True)])
+
+
+def one_gemm(ring: Tensor, rows: Tensor) -> Tensor:
+    return (ring.view(-1, WIDTH) @ rows.T).view(LAYERS, WINDOW, LAYERS).diagonal(dim1=0, dim2=2).T
+
+
+def verify(joint: str, functions: dict[str, Callable[[], Tensor]]) -> None:
+    """Every function's eigenvalues after 2 N + 5 tokens, as shares of the largest, against a float64 Gram matrix."""
+    stream = Stream()
+    tokens = [stream.next() for _ in range(2 * WINDOW + 5)]
+    window = torch.stack([torch.cat(token) for token in tokens[-WINDOW:]], 1).double()  # (L, N, D)
+    gram = window @ window.mT
+    if joint == "trace":
+        gram = gram / gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    want = spectrum_eigvalsh_ref(gram.sum(0))
+    for name, function in functions.items():
+        got = [function().clone() for _ in tokens][-1].flatten().double().sort().values
+        assert (got / got[-1] - want / want[-1]).abs().max() <= 1e-5, f"{name}: wrong eigenvalues"
+
+
+def decode_case(joint: str, peers: dict[str, Callable[[], Tensor]], targets: dict[str, float]) -> Case:
+    ours = Ours(joint)
+    return Case(
+        ours=ours,
+        peers=dict(peers),
+        verify=lambda: verify(joint, {"ours": ours, **{n: p for n, p in peers.items() if n != "svdvals"}}),
+        targets=targets,
+        bytes_read=LAYERS * WINDOW * WIDTH * 4,
+    )
+
+
+@case("sliding_window.decode_joint")
+def decode_joint() -> Case:
+    """The default joint form: every layer's Gram matrix divided by its trace. svdvals has the raw concatenation."""
+    peers: dict[str, Callable[[], Tensor]] = {
+        "svdvals": Concatenated(torch.linalg.svdvals),
+        "best of: bmm": PerLayer(bmm),
+        "best of: multiply and sum": PerLayer(multiply_and_sum),
+        "best of: a matrix-vector product per layer": PerLayer(matrix_vector_loop),
+        "best of: one GEMM of all layers": PerLayer(one_gemm),
+    }
+    return decode_case("trace", peers, {"svdvals": 50, "best": 2.5})
+
+
+@case("sliding_window.decode_joint_raw")
+def decode_joint_raw() -> Case:
+    """The paper's concatenation. Plain PyTorch needs one matrix-vector product here, as we do: no target is set."""
+    peers: dict[str, Callable[[], Tensor]] = {
+        "svdvals": Concatenated(torch.linalg.svdvals),
+        "best of: one matrix-vector product": Concatenated(torch.linalg.eigvalsh),
+    }
+    return decode_case("none", peers, {"svdvals": 50})

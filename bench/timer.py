@@ -1,0 +1,41 @@
+"""The timer: every function in turn, round after round, so that a machine whose speed drifts is fair to all."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+Times = dict[str, np.ndarray]
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, block_ms: float = 2.0) -> Times:
+    """Seconds per call, (rounds,) for each function. A round runs each for a block of about `block_ms`."""
+    calls = {}
+    for name, function in functions.items():
+        function()
+        began = time.perf_counter()
+        function()
+        calls[name] = max(1, int(block_ms / 1e3 / (time.perf_counter() - began)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            times[name].append((time.perf_counter() - began) / calls[name])
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def ratio(times: Times, peer: str, ours: str = "ours") -> tuple[float, float, float]:
+    """Median of the ratios peer / ours, round by round, and the interval that holds 90 % of them."""
+    low, middle, high = np.percentile(times[peer] / times[ours], [5, 50, 95])
+    return float(middle), float(low), float(high)
+
+
+def copy_bandwidth(footprint: int) -> float:
+    """Bytes per second, read and written together, of a copy between two buffers of `footprint` / 2 bytes."""
+    source = torch.zeros(max(footprint // 8, 1), dtype=torch.float32)
+    target = torch.empty_like(source)
+    seconds = float(np.median(interleave({"copy": lambda: target.copy_(source)}, rounds=20)["copy"]))
+    return 2 * source.numel() * 4 / seconds

@@ -1,0 +1,61 @@
+// Python module `_host`: the numerics that CPU and CUDA kernels share, on NumPy arrays and without torch, so that they
+// can be checked and used alone; and what this library was compiled with.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "rmtkernels/sliding_window.h"
+#include "rmtkernels/spectrum.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Eigenvalues = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+// Checked once for all: what the kernels guarantee by construction.
+int checked_size(const Eigenvalues& lambda, int64_t dim) {
+  if (lambda.ndim() != 1 || lambda.size() > rmtkernels::kMaxWindow || dim < 1)
+    throw std::invalid_argument("eigenvalues must be 1-D, at most " + std::to_string(rmtkernels::kMaxWindow) +
+                                ", dim positive");
+  const double* values = lambda.data();
+  for (py::ssize_t i = 0; i < lambda.size(); ++i)
+    if (!(values[i] >= 0) || (i > 0 && values[i] > values[i - 1]))
+      throw std::invalid_argument("eigenvalues must be in descending order and not negative");
+  return int(lambda.size());
+}
+
+py::array_t<float> spectral_descriptors(const Eigenvalues& lambda, int64_t dim, double mp_median, double log_trace) {
+  const int n = checked_size(lambda, dim);
+  py::array_t<float> out(rmtkernels::kDescriptors);
+  rmtkernels::spectral_descriptors(lambda.data(), n, dim, mp_median, log_trace, out.mutable_data());
+  return out;
+}
+
+double noise_variance(const Eigenvalues& lambda, int64_t dim, double mp_median) {
+  return rmtkernels::noise_variance(lambda.data(), checked_size(lambda, dim), dim, mp_median);
+}
+
+py::dict build_report() {
+  py::dict report;
+  report["compiler"] = __VERSION__;
+  report["cpp_standard"] = int64_t(__cplusplus);
+  report["max_window"] = rmtkernels::kMaxWindow;
+  report["descriptors"] = int(rmtkernels::kDescriptors);
+  return report;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Numerics shared by the CPU and CUDA kernels, on NumPy arrays.";
+  m.def("spectral_descriptors", &spectral_descriptors, py::arg("eigenvalues"), py::arg("dim"), py::arg("mp_median"),
+        py::arg("log_trace"), "Descriptors of eigenvalues in descending order; see rmtkernels.spectrum_descriptors.");
+  m.def("noise_variance", &noise_variance, py::arg("eigenvalues"), py::arg("dim"), py::arg("mp_median"),
+        "Median of the eigenvalues that are not structurally zero over that of the Marchenko-Pastur law.");
+  m.def("upper_edge", &rmtkernels::upper_edge, py::arg("variance"), py::arg("n"), py::arg("dim"),
+        "Upper edge of the Marchenko-Pastur bulk of n eigenvalues of rows of width dim.");
+  m.def("build_report", &build_report, "What this library was compiled with.");
+}

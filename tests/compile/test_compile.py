@@ -1,0 +1,228 @@
+"""Operators under torch.compile, fake tensors and opcheck: the same shapes, the same bits, the same state."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rmtkernels
+from rmtkernels import (
+    DESCRIPTORS,
+    dispatch,
+    spectrum_descriptors,
+    spectrum_descriptors_,
+    spectrum_eigvalsh,
+    window_gram,
+    window_push_,
+)
+from tests.helpers import State, empty_state, gram_of, normal, pushed, same_bits, same_state
+
+OPS = torch.ops.rmtkernels
+F = len(DESCRIPTORS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def push_arguments(steps: int | None, dtype: torch.dtype, masked: bool) -> tuple[Any, ...]:
+    shape = (3, 9) if steps is None else (3, steps, 9)
+    state = pushed(empty_state(2, 3, 4, 9, dtype), [normal(3, 5, 9, seed=s, dtype=dtype) for s in range(2)])
+    mask = normal(*shape[:-1], seed=8) > -0.5 if masked else None
+    return (*state, [normal(*shape, seed=5 + s, dtype=dtype) for s in range(2)], mask)
+
+
+def descriptor_arguments(joint: int, center: bool) -> tuple[Any, ...]:
+    gram, seen = gram_of(normal(2, 3, 6, 9))
+    spectra = 1 if joint else 2
+    out = torch.zeros(spectra, 3, F), torch.zeros(spectra, 3, 6)
+    return (*out, gram, seen - 2, torch.ones(7, dtype=torch.float64), 9, center, joint)
+
+
+OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
+    ("window_push_", push_arguments(None, torch.float32, False)),
+    ("window_push_", push_arguments(None, torch.bfloat16, True)),
+    ("window_push_", push_arguments(3, torch.float16, True)),
+    ("window_push_", push_arguments(0, torch.float32, False)),
+    ("window_gram", (normal(2, 7, 9), 4)),
+    ("window_gram", (normal(2, 7, 9, dtype=torch.bfloat16), 4, 3, normal(2, 7) > 0)),
+    ("window_gram", (normal(2, 2, 9), 4, 3)),
+    ("spectrum_eigvalsh", (normal(5, 6, 6),)),
+    ("spectrum_eigvalsh", (normal(2, 3, 6, 6, dtype=torch.float64).mT,)),
+    ("spectrum_eigvalsh", (torch.zeros(0, 3, 3),)),
+    ("spectrum_descriptors_", descriptor_arguments(0, True)),
+    ("spectrum_descriptors_", descriptor_arguments(1, False)),
+    ("spectrum_descriptors_", descriptor_arguments(2, True)),
+    ("spectrum_medians", (torch.zeros(2), 6, 9)),
+]
+
+
+@pytest.mark.parametrize(("operator", "arguments"), OPCHECKS)
+def test_opcheck(operator: str, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(getattr(OPS, operator).default, arguments)
+
+
+def shapes_of(results: Any) -> list[tuple[torch.Size, torch.dtype, tuple[int, ...]]]:
+    tensors = [results] if isinstance(results, Tensor) else list(results)
+    return [(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: window_gram(torch.zeros(2, 7, 9), 4, 3),
+        lambda: window_gram(torch.zeros(2, 2, 9, dtype=torch.float16), 4, 3),
+        lambda: spectrum_eigvalsh(torch.zeros(2, 3, 6, 6, dtype=torch.float64)),
+        lambda: spectrum_eigvalsh(torch.zeros(4, 2, 3, 3).permute(1, 0, 3, 2)),
+        lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9),
+        lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9, joint="trace"),
+        lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6).mT, torch.zeros(3, dtype=torch.int64), 9),
+    ],
+)
+def test_fake_results_look_like_real_ones(call: Callable[[], Any]) -> None:
+    with FakeTensorMode():
+        fake = shapes_of(call())
+    assert fake == shapes_of(call())
+
+
+def test_fake_and_real_calls_do_not_poison_each_other() -> None:
+    """What is kept between calls must be neither fake where real tensors come, nor real where fake ones do."""
+    gram, seen = gram_of(normal(1, 2, 6, 9))
+    for dim in (1234567, 1234568):  # of sizes that no other test has used
+        if dim % 2:
+            spectrum_descriptors(gram, seen, dim)
+        with FakeTensorMode():
+            spectrum_descriptors(torch.zeros(1, 2, 6, 6), torch.zeros(2, dtype=torch.int64), dim)
+        values, eigenvalues = spectrum_descriptors(gram, seen, dim)
+        assert type(values) is Tensor
+        assert eigenvalues.sum() > 0
+
+
+def decode(state: State, tokens: Tensor, out: Tensor, spectra: Tensor) -> Tensor:
+    """A decode loop as a model has it: every step pushes, and writes into buffers made before."""
+    for t in range(tokens.shape[1]):
+        window_push_(state.ring, state.gram, state.seen, [tokens[:, t], tokens[:, t] * 2])
+        spectrum_descriptors_(out[t], spectra[t], state.gram, state.seen[:, 0], 9)
+    return out[..., 0].sum() + state.gram.nan_to_num(0.0).sum()
+
+
+def test_a_compiled_decode_loop_leaves_the_same_state() -> None:
+    tokens = normal(3, 7, 9)
+
+    def run(function: Callable[..., Tensor]) -> tuple[State, Tensor, Tensor, Tensor]:
+        state = empty_state(2, 3, 4, 9)
+        out, spectra = torch.full((7, 2, 3, F), torch.nan), torch.full((7, 2, 3, 4), torch.nan)
+        return state, out, spectra, function(state, tokens, out, spectra)
+
+    want = run(decode)
+    got = run(torch.compile(decode, fullgraph=True, backend="aot_eager"))
+    assert same_state(got[0], want[0])
+    assert all(map(same_bits, got[1:], want[1:]))
+    assert not got[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (lambda h, m: window_gram(h, 4, 2, m), (normal(2, 9, 11, dtype=torch.bfloat16), normal(2, 9) > -0.5)),
+        (lambda a: spectrum_eigvalsh(a + 1), (normal(3, 2, 12, 12),)),
+        (lambda g, s: spectrum_descriptors(g, s, 9), gram_of(normal(2, 3, 6, 9))),
+        (lambda g, s: spectrum_descriptors(g * 2, s, 9, joint="trace", center=False), gram_of(normal(2, 3, 6, 9))),
+    ],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_compiled_functions_give_the_same_bits(
+    function: Callable[..., Any], arguments: tuple[Tensor, ...], backend: str
+) -> None:
+    want = function(*arguments)
+    got = torch.compile(function, fullgraph=True, backend=backend)(*arguments)
+    pairs = [(got, want)] if isinstance(want, Tensor) else zip(got, want, strict=True)
+    assert all(same_bits(a, b) for a, b in pairs)
+
+
+def test_the_first_use_of_an_operator_may_be_a_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_available", {})
+    for function, arguments in (
+        (lambda s, rows: window_push_(s.ring, s.gram, s.seen, rows), (empty_state(1, 2, 3, 4), [normal(2, 4)])),
+        (lambda h: window_gram(h, 3), (normal(1, 5, 4),)),
+        (spectrum_eigvalsh, (normal(4, 4),)),
+        (lambda g, s: spectrum_descriptors(g, s, 4), gram_of(normal(1, 1, 3, 4))),
+    ):
+        torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+
+
+def test_the_backend_chosen_while_tracing_is_used() -> None:
+    with rmtkernels.use_backend("cpu"):
+        compiled = torch.compile(spectrum_eigvalsh, fullgraph=True, backend="aot_eager")
+        assert same_bits(compiled(normal(2, 5, 5)), spectrum_eigvalsh(normal(2, 5, 5)))
+
+
+def test_dynamic_shapes_compile_once_for_all_batch_sizes() -> None:
+    def monitor(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        gram, seen = window_gram(hidden, 5)
+        return spectrum_descriptors(gram[None, :, -1], seen[:, -1], 9)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(monitor, fullgraph=True, backend=counter, dynamic=True)
+    for batch, steps in ((2, 8), (3, 8), (7, 12), (4, 30), (5, 6)):  # sizes that are equal by chance would be tied
+        hidden = normal(batch, steps, 9, seed=batch)
+        assert all(map(same_bits, compiled(hidden), monitor(hidden)))
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_push_survives_changing_batch_sizes() -> None:
+    def push(ring: Tensor, gram: Tensor, seen: Tensor, rows: list[Tensor]) -> None:
+        window_push_(ring, gram, seen, rows)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(push, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (5, 7, 8, 10):
+        rows = [normal(batch, 9, seed=s) for s in range(2)]
+        state = empty_state(2, batch, 4, 9)
+        compiled(*state, rows)
+        assert same_state(state, pushed(empty_state(2, batch, 4, 9), rows))
+    assert counter.frame_count == 1
+
+
+class Watched(nn.Module):
+    """A small network whose middle layer a hook watches; pushing is the hook's only effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9))
+        self.state = empty_state(1, 3, 4, 9)
+        self.body[1].register_forward_hook(self.watch)
+
+    def watch(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
+        window_push_(self.state.ring, self.state.gram, self.state.seen, [output])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_hook_whose_only_effect_is_a_push_survives_compilation(backend: str, grad: bool) -> None:
+    eager, watched = Watched(), Watched()
+    compiled = torch.compile(watched, fullgraph=True, backend=backend)
+    for step in range(6):
+        x = normal(3, 9, seed=step)
+        with torch.set_grad_enabled(grad):
+            want, got = eager(x), compiled(x)
+        torch.testing.assert_close(got, want)
+    assert torch.equal(watched.state.seen, eager.state.seen)
+    assert watched.state.seen[:, 0].tolist() == [6, 6, 6]
+    if backend == "aot_eager":
+        assert same_state(watched.state, eager.state)
+    torch.testing.assert_close(watched.state.gram, eager.state.gram)  # inductor's tanh rounds otherwise
+    if grad:
+        compiled(x).sum().backward()
+        assert watched.body[0].weight.grad is not None

@@ -1,0 +1,184 @@
+"""Which backend runs: argument over context over environment, no silent fallback, one warning for an automatic one."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import rmtkernels
+from rmtkernels import BackendError, _native, dispatch
+from tests.helpers import empty_state, gram_of, normal
+
+CPU = torch.device("cpu")
+OPERATOR = "spectrum_eigvalsh"
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had been compiled."""
+    monkeypatch.setitem(_native.STATUS, "_C", "not built")
+    monkeypatch.setattr(dispatch, "_available", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+
+def in_subprocess(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RMTKERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_compiled_kernel_is_the_automatic_choice() -> None:
+    for operator in dispatch.OPERATORS:
+        assert dispatch.select(operator, CPU) == "cpu"
+        assert dispatch.backends(operator)["cpu"] == "available"
+        assert dispatch.backends(operator)["reference"] == "available"
+
+
+def test_every_operator_of_the_list_exists() -> None:
+    for operator in dispatch.OPERATORS:
+        assert hasattr(torch.ops.rmtkernels, operator)
+
+
+def test_argument_beats_context_and_contexts_nest() -> None:
+    with rmtkernels.use_backend("reference"):
+        assert dispatch.select(OPERATOR, CPU) == "reference"
+        assert dispatch.select(OPERATOR, CPU, "cpu") == "cpu"
+        with rmtkernels.use_backend("cpu"):
+            assert dispatch.select(OPERATOR, CPU) == "cpu"
+        assert dispatch.select(OPERATOR, CPU) == "reference"
+    assert dispatch.select(OPERATOR, CPU) == "cpu"
+
+
+def test_a_context_ends_with_an_error_too() -> None:
+    with pytest.raises(RuntimeError, match="mine"), rmtkernels.use_backend("reference"):
+        raise RuntimeError("mine")
+    assert dispatch.select(OPERATOR, CPU) == "cpu"
+
+
+def test_unknown_backends_are_refused() -> None:
+    with pytest.raises(BackendError, match="unknown backend 'gpu'"), rmtkernels.use_backend("gpu"):
+        pass
+    with pytest.raises(BackendError, match="reference"):
+        rmtkernels.spectrum_eigvalsh(torch.eye(3), backend="fast")
+    assert dispatch.select(OPERATOR, CPU) == "cpu"
+
+
+def test_a_forced_backend_never_falls_back(without_kernels: None) -> None:
+    with pytest.raises(BackendError, match="not built"):
+        rmtkernels.spectrum_eigvalsh(torch.eye(3), backend="cpu")
+    with rmtkernels.use_backend("cpu"), pytest.raises(BackendError):
+        rmtkernels.window_gram(normal(1, 3, 4), 2)
+
+
+def test_a_backend_of_another_device_is_refused() -> None:
+    with pytest.raises(BackendError, match="'cuda' was asked for"):
+        rmtkernels.spectrum_eigvalsh(torch.eye(3), backend="cuda")
+
+
+def test_an_automatic_downgrade_warns_once_per_operator_and_computes(without_kernels: None) -> None:
+    with pytest.warns(RuntimeWarning, match="window_gram runs on its slow float64 reference: cpu: .*not built"):
+        gram, _ = rmtkernels.window_gram(normal(1, 3, 4), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rmtkernels.window_gram(normal(1, 3, 4), 2)
+    assert gram.shape == (1, 3, 2, 2)
+    with pytest.warns(RuntimeWarning, match="spectrum_eigvalsh"):
+        assert rmtkernels.spectrum_eigvalsh(torch.eye(3)).tolist() == [1, 1, 1]
+
+
+def push() -> None:
+    rmtkernels.window_push_(*empty_state(1, 1, 2, 4), [normal(1, 4)])
+
+
+def describe() -> None:
+    gram, seen = gram_of(normal(1, 1, 3, 4))
+    rmtkernels.spectrum_descriptors_(torch.zeros(1, 1, 13), torch.zeros(1, 1, 3), gram, seen, 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        push,
+        describe,
+        lambda: rmtkernels.window_gram(normal(1, 3, 4), 2),
+        lambda: rmtkernels.spectrum_eigvalsh(torch.eye(3)),
+    ],
+)
+def test_the_downgrade_warning_points_at_the_caller(without_kernels: None, call: Callable[[], object]) -> None:
+    with pytest.warns(RuntimeWarning) as caught:
+        call()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_reference_backend_agrees_with_the_kernels() -> None:
+    hidden = normal(2, 9, 40)
+    gram, seen = rmtkernels.window_gram(hidden, 4, 3)
+    reference_gram, reference_seen = rmtkernels.window_gram(hidden, 4, 3, backend="reference")
+    torch.testing.assert_close(gram, reference_gram, rtol=1e-5, atol=1e-5)
+    assert torch.equal(seen, reference_seen)
+    for joint in (None, "trace", "none"):
+        torch.testing.assert_close(
+            rmtkernels.spectrum_descriptors(gram, seen[:, 0].repeat(2)[:3], 40, joint=joint),
+            rmtkernels.spectrum_descriptors(gram, seen[:, 0].repeat(2)[:3], 40, joint=joint, backend="reference"),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    eigenvalues = rmtkernels.spectrum_eigvalsh(gram, backend="reference")
+    assert eigenvalues.dtype == torch.float32
+    torch.testing.assert_close(rmtkernels.spectrum_eigvalsh(gram), eigenvalues, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["", "sse9", "AVX2", "none"])
+def test_an_instruction_set_that_is_not_there_is_refused_and_changes_nothing(name: str) -> None:
+    before = rmtkernels.cpu_isa()
+    with pytest.raises(BackendError, match="baseline"):
+        rmtkernels.set_cpu_isa(name)
+    assert rmtkernels.cpu_isa() == before
+
+
+def test_auto_is_the_best_instruction_set(isa: str) -> None:
+    assert rmtkernels.cpu_isa() == isa
+    rmtkernels.set_cpu_isa("auto")
+    assert rmtkernels.cpu_isa() == rmtkernels.cpu_isas()[0]
+
+
+def test_environment_chooses_backend_and_instruction_set() -> None:
+    code = (
+        "import torch, rmtkernels as r\n"
+        "from rmtkernels.dispatch import select\n"
+        "cpu = torch.device('cpu')\n"
+        "inner = r.use_backend('cpu')\n"
+        "print(r.cpu_isa(), select('window_gram', cpu), select('window_gram', cpu, 'cpu'))\n"
+        "with inner: print(select('window_gram', cpu))\n"
+    )
+    result = in_subprocess(code, RMTKERNELS_ISA="baseline", RMTKERNELS_BACKEND="reference")
+    assert result.stdout.split() == ["baseline", "reference", "cpu", "cpu"], result.stderr
+    result = in_subprocess(code, RMTKERNELS_ISA="", RMTKERNELS_BACKEND="")
+    assert result.stdout.split() == [rmtkernels.cpu_isas()[0], "cpu", "cpu", "cpu"], result.stderr
+
+
+def test_a_wrong_instruction_set_in_the_environment_is_reported_not_ignored() -> None:
+    code = (
+        "import torch, rmtkernels as r\n"
+        "print(r._native.STATUS['_C'])\n"
+        "print(r.spectrum_eigvalsh(torch.eye(2)).tolist())\n"
+        "r.spectrum_eigvalsh(torch.eye(2), backend='cpu')\n"
+    )
+    result = in_subprocess(code, RMTKERNELS_ISA="bogus")
+    status, values = result.stdout.splitlines()
+    assert status.startswith("failed: RMTKERNELS_ISA=bogus is not one of auto")
+    assert values == "[1.0, 1.0]"
+    assert "slow float64 reference" in result.stderr
+    assert "BackendError" in result.stderr.splitlines()[-1]
+
+
+def test_a_wrong_backend_in_the_environment_is_refused_at_first_use() -> None:
+    result = in_subprocess(
+        "import torch, rmtkernels as r; r.spectrum_eigvalsh(torch.eye(2))", RMTKERNELS_BACKEND="bogus"
+    )
+    assert "unknown backend 'bogus'" in result.stderr.splitlines()[-1]
