@@ -13,7 +13,8 @@ class Case:
         peers: the same job by others; a name that starts with "best of:" marks candidates of which the fastest counts.
         verify: raises AssertionError if ours or a peer computes something else than the oracle.
         targets: lowest ratio peer / ours to reach, by peer ("best" for the fastest candidate).
-        bytes_read: what a call cannot avoid reading, for the floor that copy bandwidth sets.
+        bytes_read, flops: what a call cannot avoid reading and computing; copy bandwidth and the float64 GEMM peak,
+            measured in the same run, make a floor of the slower of the two.
         extra: further figures of ours, taken after the timing, and the highest value each may have.
     """
 
@@ -22,6 +23,7 @@ class Case:
     verify: Callable[[], None]
     targets: dict[str, float]
     bytes_read: int = 0
+    flops: int = 0
     extra: Callable[[], dict[str, float]] = dict
     limits: dict[str, float] = field(default_factory=dict)
     rounds: int = 60

@@ -8,7 +8,8 @@ def markdown(results: dict[str, Any]) -> str:
     machine = results["machine"]
     lines = [
         f"{machine['cpu']}, {machine['instruction set']} kernels, torch {machine['torch']}; a ratio is the median over "
-        "rounds in turn, with the interval of 90 % of them; the floor is reading the bytes it must at copy bandwidth.",
+        "rounds in turn, with the interval of 90 % of them; the floor is what its bytes or operations take at the copy "
+        "bandwidth or float64 GEMM peak of the same run.",
         "",
         "| case | ours | against | ratio | target | floor |",
         "|---|---|---|---|---|---|",

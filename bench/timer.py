@@ -39,3 +39,11 @@ def copy_bandwidth(footprint: int) -> float:
     target = torch.empty_like(source)
     seconds = float(np.median(interleave({"copy": lambda: target.copy_(source)}, rounds=20)["copy"]))
     return 2 * source.numel() * 4 / seconds
+
+
+def gemm_peak() -> float:
+    """Float64 operations per second of a matrix product that fits the cache, with the threads in force."""
+    size = 384
+    matrix = torch.ones(size, size, dtype=torch.float64)
+    seconds = float(np.median(interleave({"gemm": lambda: matrix @ matrix}, rounds=20)["gemm"]))
+    return 2 * size**3 / seconds

@@ -24,6 +24,7 @@ def thirty(target: float) -> Case:
         verify=verify,
         targets={"eigvalsh": target},
         bytes_read=gram.numel() * 4,
+        flops=COUNT * 4 * SIZE**3 // 3,  # Householder reduction alone
     )
 
 

@@ -15,12 +15,13 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
         TapError: if there is none.
     """
     lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        name: blocks for name, blocks in model.named_modules() if isinstance(blocks, nn.ModuleList) and len(blocks)
     }
-    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer:
         raise TapError(f"no list of blocks in {type(model).__name__}; name the modules to watch with modules=[...]")
-    return list(max(outer, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+    sizes = {name: sum(parameter.numel() for parameter in lists[name].parameters()) for name in outer}
+    return list(lists[max(outer, key=lambda name: sizes[name])])
 
 
 def select_layers(layers: str | Sequence[int], depth: int) -> list[int]:

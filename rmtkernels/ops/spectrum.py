@@ -138,7 +138,10 @@ def spectrum_descriptors_(
     joint: str | None = None,
     backend: str | None = None,
 ) -> None:
-    """`spectrum_descriptors` into the caller's buffers (float32, unit last stride); gram contiguous. Allocates nothing."""
+    """`spectrum_descriptors` into the caller's buffers (float32, unit last stride). Allocates nothing.
+
+    `gram` must be contiguous.
+    """
     if select("spectrum_descriptors_", gram.device, backend) == "reference":
         _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
         values = reference.spectrum_descriptors_ref(gram.detach(), seen, dim, center=center, joint=joint)
