@@ -43,7 +43,7 @@ def load_causal_lm(name: str | Path) -> tuple[Any, Any]:
 
 
 def _dequantised(path: Path) -> Path:
-    """Folder with the float32 form of a GGUF file, named by its content. Never half there: written aside and renamed."""
+    """Folder with the float32 form of a GGUF file, named by its content; written aside and renamed, never half done."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with path.open("rb") as file:
