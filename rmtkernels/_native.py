@@ -1,8 +1,8 @@
 """Loads the compiled libraries once and remembers how that went. Loading never raises: using an absent kernel does."""
 
 import importlib
-import importlib.util
 import os
+from importlib.machinery import PathFinder
 from types import ModuleType
 
 MODULES = ("_C", "_C_cuda", "_host")
@@ -15,7 +15,8 @@ _LOADED: dict[str, ModuleType] = {}
 def load() -> None:
     """Imports the libraries; torch and the schemas must be there first."""
     for name in MODULES:
-        if importlib.util.find_spec(f"rmtkernels.{name}") is None:
+        # Only beside this file: an editable install would lend a copied folder the libraries of the original.
+        if PathFinder.find_spec(f"rmtkernels.{name}", [os.path.dirname(__file__)]) is None:
             STATUS[name] = "not built"
             continue
         try:
