@@ -3,6 +3,7 @@
 import importlib
 import os
 from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 
 MODULES = ("_C", "_C_cuda", "_host")
@@ -16,7 +17,7 @@ def load() -> None:
     """Imports the libraries; torch and the schemas must be there first."""
     for name in MODULES:
         # Only beside this file: an editable install would lend a copied folder the libraries of the original.
-        if PathFinder.find_spec(f"rmtkernels.{name}", [os.path.dirname(__file__)]) is None:
+        if PathFinder.find_spec(f"rmtkernels.{name}", [str(Path(__file__).parent)]) is None:
             STATUS[name] = "not built"
             continue
         try:
