@@ -40,8 +40,3 @@ def case(name: str, threads: int = 1) -> Callable[[Callable[[], Case]], Callable
         return setup
 
     return register
-
-
-def load_all() -> None:
-    """Imports every case file."""
-    from bench.cases import eigentrack, sliding_window, spectrum  # noqa: F401

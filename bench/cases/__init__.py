@@ -1,1 +1,5 @@
-"""One file per slice, and one for the monitor end to end."""
+"""One file per slice, and one for the monitor end to end; importing this package registers them all."""
+
+from bench.cases import eigentrack, sliding_window, spectrum
+
+__all__ = ["eigentrack", "sliding_window", "spectrum"]

@@ -250,8 +250,9 @@ class EigenTrack:
             return attention_mask[:, -steps:].bool() if padded and attention_mask is not None else None
         assert self._alive is not None
         if ids is not None:
-            for token in self._end_tokens:
-                self._alive.logical_and_(ids[:, 0] != token)
+            torch.ne(ids[:, :1], self._ends, out=self._differs)
+            torch.all(self._differs, 1, out=self._goes_on)
+            self._alive.logical_and_(self._goes_on)
         return self._alive[:, None]
 
     # State
@@ -259,6 +260,10 @@ class EigenTrack:
     def _begin(self, batch: int, device: torch.device) -> None:
         """A new request: empty windows, empty history."""
         self._alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self._ends = torch.tensor(self._end_tokens, dtype=torch.int64, device=device)
+        # Scratch of _row_mask, so that a decode step allocates nothing.
+        self._differs = torch.empty(batch, len(self._end_tokens), dtype=torch.bool, device=device)
+        self._goes_on = torch.empty(batch, dtype=torch.bool, device=device)
         self._history = None
         if self._state is not None:
             self._state.reset()
@@ -286,16 +291,18 @@ class EigenTrack:
             )
         return self._history.read(name)
 
-    # Beam search reorders the cache between steps, and windows would belong to the wrong beams
+    # What happens to the cache between steps happens to the windows too, or they belong to another text
 
     def _guard_cache(self, cache: Any) -> None:
         if cache is self._guarded_cache:
             return
         if self._guarded_cache is not None:
-            self._guarded_cache.__dict__.pop("reorder_cache", None)
+            for name in _REFUSED:
+                self._guarded_cache.__dict__.pop(name, None)
         self._guarded_cache = cache
         if cache is not None:
-            cache.reorder_cache = _refuse_reordering
+            for name, why in _REFUSED.items():
+                setattr(cache, name, _refuse(why))
 
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
         use_cache = kwargs.get("use_cache")
@@ -317,10 +324,18 @@ class EigenTrack:
         self._step_ns = time.perf_counter_ns() - entered
 
 
-def _refuse_reordering(*args: Any, **kwargs: Any) -> None:
-    raise UnsupportedGenerationError(
-        "beam search moves sequences between steps, which EigenTrack does not follow: use num_beams=1"
-    )
+# Methods of a cache that are refused while it is watched.
+_REFUSED = {
+    "reorder_cache": "beam search moves sequences between steps, which EigenTrack does not follow: use num_beams=1",
+    "crop": "assisted decoding takes tokens back, which EigenTrack does not follow: generate without an assistant",
+}
+
+
+def _refuse(why: str) -> Callable[..., None]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UnsupportedGenerationError(why)
+
+    return refuse
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -212,13 +212,31 @@ def test_beam_search_is_refused_and_the_next_request_works(llama: Any) -> None:
         assert track.lengths.tolist() == [19]
 
 
+def test_a_second_turn_with_a_kept_cache_starts_a_new_answer(llama: Any) -> None:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=llama.config)
+    with EigenTrack(llama, window=WINDOW) as track:
+        first = generate(llama, prompt(), 9, past_key_values=cache)
+        second = generate(llama, torch.cat([first, prompt(1, 4, seed=9)], 1), 12, past_key_values=cache)
+    assert torch.equal(track.tokens, second[:, first.shape[1] + 4 : -1])
+    want = oracle(llama, second[:, :-1], first.shape[1] + 4, track.layers)
+    torch.testing.assert_close(track.descriptors[0].double(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_assisted_decoding_is_refused(llama: Any) -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    with EigenTrack(llama), pytest.raises(UnsupportedGenerationError, match="assist"):
+        generate(llama, ids, prompt_lookup_num_tokens=3, do_sample=False, suppress_tokens=None)
+
+
 def test_the_users_cache_is_left_as_it_was(llama: Any) -> None:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=llama.config)
     with EigenTrack(llama):
         generate(llama, prompt(), past_key_values=cache)
-    assert "reorder_cache" not in vars(cache)
+    assert not {"reorder_cache", "crop"} & set(vars(cache))
 
 
 def test_generation_without_a_cache_is_refused(llama: Any) -> None:
