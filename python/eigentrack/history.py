@@ -21,7 +21,8 @@ class History:
         if self.steps == len(self.tokens):
             for name in ("descriptors", "eigenvalues", "tokens", "watched"):
                 old = getattr(self, name)
-                setattr(self, name, torch.cat([old, torch.empty_like(old)]))
+                with torch.inference_mode(False):
+                    setattr(self, name, torch.cat([old, torch.empty_like(old)]))
         self.steps += 1
         return self.steps - 1
 
@@ -29,7 +30,7 @@ class History:
         """A copy of one field, sequence first: (B, T) or (B, T, S, ...); NaN where a sequence took no part."""
         values: Tensor = getattr(self, name)[: self.steps]
         if not values.is_floating_point():
-            return values.t().contiguous()
-        values = values.permute(2, 0, 1, 3).contiguous()
+            return values.t().clone(memory_format=torch.contiguous_format)
+        values = values.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
         values[~self.watched[: self.steps].t()] = torch.nan
         return values

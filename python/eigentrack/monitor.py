@@ -1,5 +1,6 @@
 """EigenTrack: watches the spectra of a language model's hidden states while it generates."""
 
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigentrack.errors import EigenTrackError, UnsupportedGenerationError
+from eigentrack.cache import CacheThread
+from eigentrack.errors import EigenTrackError, TapError, UnsupportedGenerationError
 from eigentrack.history import History
-from eigentrack.taps import find_blocks, hidden_state, refuse_unsupported, select_layers
+from eigentrack.taps import find_blocks, hidden_state, module_names, refuse_unsupported, select_layers
 from rmtkernels import DESCRIPTORS, SlidingWindow, spectrum_descriptors_
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
@@ -39,7 +41,8 @@ class EigenTrack:
 
     Each watched layer keeps the last `window` hidden states of each sequence as a Gram matrix; after every step its
     eigenvalues and their descriptors are stored. The model's outputs are bit-identical, no gradient graph is kept, and
-    every hook is gone when the block ends. A forward pass with an empty cache starts a new request.
+    every hook is gone when the block ends. A request ends where another cache comes, or none, or with start="answer" a
+    pass of several tokens; the last request is kept for reading.
 
     Args:
         model: the model, not yet compiled.
@@ -51,12 +54,13 @@ class EigenTrack:
         center: subtract the window's mean activation.
         layer_scale: for joint spectra, "trace" divides each layer's Gram matrix by its own trace, "none" does not (the
             paper's concatenation, which sees the loudest layer only).
-        end_tokens: tokens that end a sequence; by default those of the model's generation config. Tokens from the
-            end on are not watched, so that a sequence's result does not depend on the others in its batch.
+        end_tokens: tokens that end a sequence or pad it; by default those of the model's generation config. Name them
+            here if you give generate() others. Tokens from the end on are not watched, so that a sequence's result does
+            not depend on the others in its batch.
 
     Raises:
         TapError, UnsupportedModelError: on entry, before any hook is set.
-        UnsupportedGenerationError: while generating, for beam search or generation without a cache.
+        UnsupportedGenerationError: while generating, for beam search, assisted decoding or generation without a cache.
 
     Source: EigenTrack (arXiv 2509.15735) sections III-A and III-B.
     """
@@ -77,16 +81,18 @@ class EigenTrack:
         _check_choice("spectra", spectra, ("per_layer", "joint"))
         _check_choice("start", start, ("answer", "prompt"))
         _check_choice("layer_scale", layer_scale, ("trace", "none"))
-        if not 1 <= window <= MAX_WINDOW:
+        if not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
             raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
         self.model = model
         if modules is None:
             blocks = find_blocks(model)
             self.layers = select_layers(layers, len(blocks))
             self._taps = [blocks[index] for index in self.layers]
+            self._tap_names = [f"layer{index}" for index in self.layers]
         else:
             self.layers = list(range(len(modules)))
             self._taps = list(modules)
+            self._tap_names = module_names(model, self._taps)
         self.spectra = spectra
         self.window = window
         self.center = center
@@ -94,12 +100,14 @@ class EigenTrack:
         self._prompt_too = start == "prompt"
         self._end_tokens = _end_tokens(model) if end_tokens is None else list(end_tokens)
         self._hooks: list[Any] = []
-        self._guarded_cache: Any = None
+        self._thread = CacheThread(None, 0, 0)
         self._state: SlidingWindow | None = None
         self._history: History | None = None
         self._alive: Tensor | None = None
         self._rows: list[Any] = []  # outputs of the taps in the running forward pass; empty if it is not watched
         self._missing = 0
+        self._ids: Tensor | None = None
+        self._mask: Tensor | None = None
         self._forwards = 0
         self._reset_clock()
 
@@ -107,10 +115,10 @@ class EigenTrack:
 
     @property
     def names(self) -> list[str]:
-        """Names of the F descriptors: "layer12.entropy", or "entropy" for joint spectra."""
+        """Names of the F descriptors: "layer12.entropy", or "entropy" for joint spectra; modules by their own names."""
         if self._joint is not None:
             return list(DESCRIPTORS)
-        return [f"layer{layer}.{name}" for layer in self.layers for name in DESCRIPTORS]
+        return [f"{tap}.{name}" for tap in self._tap_names for name in DESCRIPTORS]
 
     @property
     def descriptors(self) -> Tensor:
@@ -152,11 +160,13 @@ class EigenTrack:
     def __enter__(self) -> "EigenTrack":
         if self._hooks:
             raise EigenTrackError("this EigenTrack is attached already")
-        refuse_unsupported(self.model)
+        refuse_unsupported(self.model, needs_cache=not self._prompt_too)
+        self._signature = inspect.signature(self.model.forward)
         self._forwards = 0
         self._hooks.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for position, module in enumerate(self._taps):
             self._hooks.append(module.register_forward_hook(self._tap(position)))
+        self._hooks.append(self.model.register_forward_hook(self._after_forward))
         return self
 
     def __exit__(
@@ -165,8 +175,8 @@ class EigenTrack:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._guard_cache(None)
-        self._rows = []
+        self._rows, self._ids, self._mask, self._state = [], None, None, None  # the history stays, to be read
+        self._thread = CacheThread(None, 0, 0)
         if kind is None and not self._forwards:
             warnings.warn(
                 "EigenTrack saw no forward pass. A model that was compiled before never calls its hooks: "
@@ -180,24 +190,34 @@ class EigenTrack:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered = time.perf_counter_ns()
         self._forwards += 1
-        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        fed: Any = embeds if ids is None else ids
+        given = self._signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        fed: Any = given.get("inputs_embeds") if ids is None else ids
         batch, steps = fed.shape[:2]
-        cache = kwargs.get("past_key_values")
-        decoding = cache is not None and steps == 1 and cache.get_seq_length() > 0
-        if not decoding and not self._prompt_too and not self._uses_cache(kwargs):
+        past = 0 if cache is None else int(cache.get_seq_length())
+        follows = past > 0 and self._thread.follows(cache, past, batch)
+        decoding = follows and steps == 1
+        if not decoding and not self._prompt_too and not self._uses_cache(given):
             raise UnsupportedGenerationError(
                 "without a key-value cache every step feeds the whole text again: generate with use_cache=True, "
                 'or watch single passes with start="prompt"'
             )
-        self._guard_cache(cache)
-        fresh = cache is None or cache.get_seq_length() == 0 or not (decoding or self._prompt_too)
-        if fresh or self._alive is None or len(self._alive) != batch:
+        if not follows or not (decoding or self._prompt_too):
             self._begin(batch, fed.device)
-        self._ids, self._mask = ids, self._row_mask(kwargs.get("attention_mask"), ids, steps, decoding)
+        self._ids, self._mask = ids, self._row_mask(given.get("attention_mask"), ids, steps, decoding)
         self._rows = [None] * len(self._taps) if decoding or self._prompt_too else []
         self._missing = len(self._taps)
+        self._thread = CacheThread(cache, past + steps, batch)
         self._clock_step(entered, decoding)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        entered = time.perf_counter_ns()
+        self._thread.remember()
+        if self._rows:
+            idle = [name for name, row in zip(self._tap_names, self._rows, strict=True) if row is None]
+            self._rows = []
+            raise TapError(f"watched modules that did not run in a forward pass: {', '.join(idle)}")
+        self._step_ns += time.perf_counter_ns() - entered
 
     def _tap(self, position: int) -> Callable[[nn.Module, Any, Any], None]:
         def collect(module: nn.Module, args: Any, output: Any) -> None:
@@ -221,8 +241,10 @@ class EigenTrack:
     @torch.no_grad()
     def _push(self, rows: list[Tensor]) -> None:
         """Takes the (B, T, D) hidden states of one forward pass, one per tap, token by token."""
-        state, history = self._state_for(rows[0]), self._history
-        assert history is not None
+        if self._history is None:
+            self._allocate(rows[0])
+        state, history = self._state, self._history
+        assert state is not None and history is not None
         tokens, mask, steps = self._ids, self._mask, rows[0].shape[1]
         for t in range(steps):
             one = slice(t, t + 1)
@@ -243,20 +265,30 @@ class EigenTrack:
             torch.ge(state.seen[:, 2], 0, out=history.watched[step])
             history.tokens[step] = -1 if tokens is None else tokens[:, t]
 
-    def _row_mask(self, attention_mask: Tensor | None, ids: Tensor | None, steps: int, decoding: bool) -> Tensor | None:
+    def _row_mask(self, attention_mask: Any, ids: Tensor | None, steps: int, decoding: bool) -> Tensor | None:
         """(B, T) bool: rows to push. Padding is not, nor is anything from a sequence's end token on."""
-        if not decoding:
-            padded = attention_mask is not None and attention_mask.dim() == 2
-            return attention_mask[:, -steps:].bool() if padded and attention_mask is not None else None
         assert self._alive is not None
-        if ids is not None:
-            torch.ne(ids[:, :1], self._ends, out=self._differs)
-            torch.all(self._differs, 1, out=self._goes_on)
-            self._alive.logical_and_(self._goes_on)
-        return self._alive[:, None]
+        if decoding:
+            if ids is not None:
+                torch.ne(ids[:, :1], self._ends, out=self._differs)
+                torch.all(self._differs, 1, out=self._goes_on)
+                self._alive.logical_and_(self._goes_on)
+            return self._alive[:, None]
+        self._alive.fill_(True)  # a new turn: everybody takes part again
+        if attention_mask is None or not self._prompt_too:
+            return None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            return attention_mask[:, -steps:].bool()
+        if len(self._alive) > 1:
+            raise UnsupportedGenerationError(
+                'start="prompt" needs the (B, T) attention mask to leave padding out, but the model was given a '
+                'prepared one, as a static cache does: use start="answer", a dynamic cache, or one sequence at a time'
+            )
+        return None
 
     # State
 
+    @torch.inference_mode(False)  # what outlives a request must not be an inference tensor
     def _begin(self, batch: int, device: torch.device) -> None:
         """A new request: empty windows, empty history."""
         self._alive = torch.ones(batch, dtype=torch.bool, device=device)
@@ -268,41 +300,22 @@ class EigenTrack:
         if self._state is not None:
             self._state.reset()
 
-    def _state_for(self, rows: Tensor) -> SlidingWindow:
-        batch, _, dim = rows.shape
-        shape = (len(self._taps), batch, self.window, dim)
+    @torch.inference_mode(False)
+    def _allocate(self, rows: Tensor) -> None:
+        shape = (len(self._taps), rows.shape[0], self.window, rows.shape[2])
         state = self._state
-        if (
-            state is None
-            or state.ring.shape != shape
-            or state.ring.dtype != rows.dtype
-            or state.ring.device != rows.device
-        ):
-            state = self._state = SlidingWindow(*shape, dtype=rows.dtype, device=rows.device)
-        if self._history is None:
-            spectra = len(self._taps) if self._joint is None else 1
-            self._history = History(batch, spectra, len(DESCRIPTORS), self.window, rows.device)
-        return state
+        known = None if state is None else (state.ring.shape, state.ring.dtype, state.ring.device)
+        if known != (shape, rows.dtype, rows.device):
+            self._state = SlidingWindow(*shape, dtype=rows.dtype, device=rows.device)
+        spectra = len(self._taps) if self._joint is None else 1
+        self._history = History(rows.shape[0], spectra, len(DESCRIPTORS), self.window, rows.device)
 
     def _read(self, name: str) -> Tensor:
         if self._history is None:
             raise EigenTrackError(
-                'nothing has been watched yet: with start="answer" that begins with the first generated token'
+                'nothing has been watched yet; with start="answer" that begins when the first generated token is fed'
             )
         return self._history.read(name)
-
-    # What happens to the cache between steps happens to the windows too, or they belong to another text
-
-    def _guard_cache(self, cache: Any) -> None:
-        if cache is self._guarded_cache:
-            return
-        if self._guarded_cache is not None:
-            for name in _REFUSED:
-                self._guarded_cache.__dict__.pop(name, None)
-        self._guarded_cache = cache
-        if cache is not None:
-            for name, why in _REFUSED.items():
-                setattr(cache, name, _refuse(why))
 
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
         use_cache = kwargs.get("use_cache")
@@ -322,20 +335,6 @@ class EigenTrack:
             self._monitor_ns += self._step_ns
         self._step_began = entered if decoding else None
         self._step_ns = time.perf_counter_ns() - entered
-
-
-# Methods of a cache that are refused while it is watched.
-_REFUSED = {
-    "reorder_cache": "beam search moves sequences between steps, which EigenTrack does not follow: use num_beams=1",
-    "crop": "assisted decoding takes tokens back, which EigenTrack does not follow: generate without an assistant",
-}
-
-
-def _refuse(why: str) -> Callable[..., None]:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedGenerationError(why)
-
-    return refuse
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """Which modules are watched: the transformer's blocks, found by structure, or modules named by the user."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -34,9 +35,11 @@ def select_layers(layers: str | Sequence[int], depth: int) -> list[int]:
         return list(range(depth))
     if isinstance(layers, str):
         step = layers.removeprefix("every:")
-        if step == layers or not step.isdigit() or int(step) < 1:
+        if step == layers or not step.isdecimal() or int(step) < 1:
             raise TapError(f'layers must be "all", "every:k" with k >= 1, or a list of indices, got {layers!r}')
         return sorted(range(depth - 1, -1, -int(step)))
+    if isinstance(layers, int) or not all(type(index) is int for index in layers):
+        raise TapError(f'layers must be "all", "every:k" or a list of indices, got {layers!r}')
     chosen = [index + depth if index < 0 else index for index in layers]
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= index < depth for index in chosen):
         raise TapError(f"layers must be distinct indices of the model's {depth} blocks, got {list(layers)}")
@@ -57,15 +60,37 @@ def hidden_state(output: object) -> torch.Tensor:
     return hidden
 
 
-def refuse_unsupported(model: nn.Module) -> None:
+def module_names(model: nn.Module, modules: Sequence[nn.Module]) -> list[str]:
+    """Qualified names of modules of `model`.
+
+    Raises:
+        TapError: if there are none, one is not the model's, or one comes twice.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    if not modules or len(set(modules)) < len(modules) or not all(module in names for module in modules):
+        raise TapError("modules must be distinct modules of the model, at least one")
+    return [names[module] for module in modules]
+
+
+def refuse_unsupported(model: nn.Module, needs_cache: bool) -> None:
     """Raises UnsupportedModelError for models on which hooks would silently do nothing, and for encoder-decoders."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; EigenTrack watches decoder-only models"
         )
     compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call", None)
-    if compiled or any(module._compiled_call_impl is not None for module in model.modules()):
+    if compiled or any(_is_compiled(module) for module in model.modules()):
         raise UnsupportedModelError(
             "the model is compiled already, and a compiled model never calls hooks attached later: "
             "enter EigenTrack with the plain model first, or leave torch.compile out"
         )
+    parameters = inspect.signature(model.forward).parameters
+    if needs_cache and "past_key_values" not in parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no past_key_values, so its answer cannot be told from its prompt: "
+            'use start="prompt"'
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")

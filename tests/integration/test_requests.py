@@ -1,0 +1,186 @@
+"""EigenTrack over the ways a model is called: modes, caches, prompts, several requests in turn."""
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MambaConfig, MambaForCausalLM, Qwen2Config
+
+from eigentrack import EigenTrack, TapError, UnsupportedGenerationError, UnsupportedModelError
+from eigentrack.taps import find_blocks
+from rmtkernels.reference import spectrum_descriptors_ref, window_gram_ref
+from tests.integration.test_monitor import WINDOW, generate, hidden_states, oracle, prompt
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def assert_watched(track: EigenTrack, model: Any, output: torch.Tensor, first: int) -> None:
+    want = oracle(model, output[:, :-1], first, track.layers)
+    assert torch.equal(track.tokens, output[:, first:-1])
+    torch.testing.assert_close(track.descriptors[0].double(), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_results_can_be_read_outside_of_the_mode_they_were_made_in(llama: Any, mode: Any) -> None:
+    with EigenTrack(llama, window=WINDOW) as track:
+        with mode():
+            generate(llama, prompt(), 12)
+        output = generate(llama, prompt(seed=4), 280)  # in another mode, and beyond the first buffer
+    assert_watched(track, llama, output, 5)
+
+
+def test_results_are_copies(llama: Any) -> None:
+    with EigenTrack(llama, window=WINDOW) as track:
+        generate(llama, prompt())
+    for name in ("descriptors", "eigenvalues", "tokens"):
+        before = getattr(track, name).clone()
+        getattr(track, name).zero_()
+        assert torch.equal(getattr(track, name), before)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Gemma2Config])
+def test_a_static_cache(config: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**SMALL)).eval()
+    with EigenTrack(model, window=WINDOW) as track:
+        output = generate(model, prompt(), 12, cache_implementation="static")
+    assert_watched(track, model, output, 5)
+    with EigenTrack(model, window=WINDOW, start="prompt"), pytest.raises(UnsupportedGenerationError, match="padding"):
+        generate(model, prompt(2), 12, cache_implementation="static")
+
+
+def test_a_prompt_of_embeddings(llama: Any) -> None:
+    ids = prompt()
+    with EigenTrack(llama, window=WINDOW, start="prompt") as track:
+        llama(inputs_embeds=llama.get_input_embeddings()(ids))
+    assert track.tokens.tolist() == [[-1] * 5]
+    assert track.lengths.tolist() == [5]
+
+
+def test_several_answers_to_one_prompt(llama: Any) -> None:
+    with EigenTrack(llama, window=WINDOW) as track:
+        output = generate(llama, prompt(), 12, num_return_sequences=3)
+    assert torch.equal(track.tokens, output[:, 5:-1])
+    assert len({tuple(row) for row in track.descriptors[:, -1].tolist()}) == 3
+
+
+def test_a_loop_by_hand_with_a_positional_cache(llama: Any) -> None:
+    ids = prompt()
+    with EigenTrack(llama, window=WINDOW) as track, torch.no_grad():
+        result, tokens = llama(ids, use_cache=True), [ids]
+        for _ in range(12):
+            tokens.append(result.logits[:, -1:].argmax(-1).clamp(min=3))
+            result = llama(tokens[-1], None, None, result.past_key_values)
+    assert torch.equal(track.tokens, torch.cat(tokens[1:], 1))
+
+
+def test_the_last_token_of_a_prompt_behind_a_cached_prefix_is_no_answer(llama: Any) -> None:
+    ids = prompt()
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(ids[:, :-1], past_key_values=cache)
+    with EigenTrack(llama, window=WINDOW) as track:
+        output = generate(llama, ids, 12, past_key_values=copy.deepcopy(cache))
+    assert torch.equal(track.tokens, output[:, 5:-1])
+
+
+def test_another_cache_is_another_request(llama: Any) -> None:
+    def loop(ids: torch.Tensor) -> Any:
+        result = llama(ids, use_cache=True)
+        while True:
+            yield (
+                result := llama(result.logits[:, -1:].argmax(-1).clamp(min=3), past_key_values=result.past_key_values)
+            )
+
+    with torch.no_grad(), EigenTrack(llama, window=WINDOW) as track:
+        one, two = loop(prompt(seed=1)), loop(prompt(seed=2))
+        for _ in range(4):
+            next(one)
+        next(two)
+        assert track.steps == 1
+        next(one)  # the monitor has left this text: its next token begins a request, and is the prompt's
+        assert track.steps == 0 or not track.watching
+
+
+def test_in_a_second_turn_everybody_takes_part_again(llama: Any) -> None:
+    ids = prompt(2, seed=5)
+    cache = DynamicCache(config=llama.config)
+    free = generate(llama, ids, 8, do_sample=False)
+    end = int(free[0, 8])
+    with EigenTrack(llama, window=WINDOW, start="prompt", end_tokens=[end, 0]) as track, torch.no_grad():
+        llama(ids, past_key_values=cache)
+        for step in range(5, 13):
+            llama(free[:, step : step + 1], past_key_values=cache)
+        ended = track.lengths.tolist()
+        llama(prompt(2, 4, seed=6), past_key_values=cache)
+    assert ended[0] < ended[1] == 13
+    assert track.lengths.tolist() == [ended[0] + 4, 17]
+
+
+@pytest.mark.parametrize("options", [{"center": False}, {"spectra": "joint", "layer_scale": "none"}])
+def test_options_reach_the_spectrum(llama: Any, options: dict[str, Any]) -> None:
+    with EigenTrack(llama, window=WINDOW, **options) as track:
+        output = generate(llama, prompt())
+    with torch.no_grad():
+        states = [hidden_states(llama, output[:, :-1])[layer][:, 5:] for layer in track.layers]
+    pairs = [window_gram_ref(state, WINDOW, dtype=torch.float64) for state in states]
+    gram, seen = torch.cat([gram for gram, _ in pairs]), pairs[0][1][0]
+    joint = options.get("layer_scale")
+    want, _ = spectrum_descriptors_ref(gram, seen, 32, center=options.get("center", True), joint=joint)
+    torch.testing.assert_close(track.descriptors[0].double(), want.transpose(0, 1).flatten(1), rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_of_the_forward_pass_is_kept(llama: Any) -> None:
+    with EigenTrack(llama, start="prompt", window=WINDOW) as track:
+        result = llama(prompt())
+        graph = weakref.ref(result.logits)
+        outputs = weakref.ref(hidden_states(llama, prompt())[-1])
+        del result
+        gc.collect()
+        assert graph() is None and outputs() is None
+    assert track.steps == 5
+
+
+def test_modules_that_do_not_run_are_named(llama: Any) -> None:
+    llama.spare = torch.nn.Linear(32, 32)
+    with pytest.raises(TapError, match="spare"), EigenTrack(llama, modules=[llama.model.layers[0], llama.spare]):
+        generate(llama, prompt())
+    generate(llama, prompt())
+
+
+@pytest.mark.parametrize("pick", [lambda m: [], lambda m: [m.model.layers[0]] * 2, lambda m: [torch.nn.Identity()]])
+def test_wrong_modules_are_refused(llama: Any, pick: Any) -> None:
+    with pytest.raises(TapError, match="modules"):
+        EigenTrack(llama, modules=pick(llama))
+
+
+def test_models_without_a_key_value_cache_are_refused() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    with pytest.raises(UnsupportedModelError, match="past_key_values"), EigenTrack(model):
+        pass
+    with EigenTrack(model, start="prompt", window=WINDOW) as track, torch.no_grad():
+        model(prompt())
+    assert track.lengths.tolist() == [5]
+
+
+def test_blocks_are_the_largest_outermost_list() -> None:
+    model = torch.nn.Module()
+    model.many_small = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(9))
+    model.blocks = torch.nn.ModuleList(torch.nn.Module() for _ in range(2))
+    for block in model.blocks:
+        block.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
+    assert find_blocks(model) == list(model.blocks)
