@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# PyTorch's names in TORCH_CUDA_ARCH_LIST, with its architectures, but for Blackwell's 10.3 and 12.1 (PyTorch 2.13):
+# not every nvcc knows them, and binaries for 10.0 and 12.0 run there.
+TORCH_NAMES = {
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;12.0+PTX",
+}
 
 
 class NoCudaError(Exception):
@@ -81,19 +90,34 @@ def _find_nvcc(site_packages: Path) -> tuple[Path, Path]:
 
 
 def _architectures(nvcc: Path) -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST or our own list, less what this nvcc cannot build for."""
+    """TORCH_CUDA_ARCH_LIST or our own list, less what this nvcc cannot build for.
+
+    With RMTKERNELS_CUDA=on nothing of TORCH_CUDA_ARCH_LIST is left out: what cannot be built raises NoCudaError.
+    """
     known = set(_ask(nvcc, "--list-gpu-arch").split())
-    asked = tuple(re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, ")))
-    asked = tuple(name for name in asked if name) or DEFAULT_ARCHITECTURES
+    named = _split(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    asked = named or DEFAULT_ARCHITECTURES
     possible = tuple(name for name in asked if f"compute_{_number(name).rstrip('af')}" in known)
-    if possible != asked:
-        left_out = ", ".join(name for name in asked if name not in possible)
-        print(f"rmtkernels: left out, as {nvcc} does not know them: {left_out}", file=sys.stderr)
+    left_out = ", ".join(name for name in asked if name not in possible)
     if not possible:
-        raise NoCudaError("failed", f"{nvcc} knows none of the architectures {', '.join(asked)} (TORCH_CUDA_ARCH_LIST)")
-    if asked == DEFAULT_ARCHITECTURES:
-        return (*possible[:-1], f"{possible[-1]}+PTX")
-    return possible
+        raise NoCudaError("failed", f"{nvcc} knows none of the architectures {left_out} (TORCH_CUDA_ARCH_LIST)")
+    if left_out and named and cuda_mode() == "on":
+        raise NoCudaError("failed", f"{nvcc} does not know {left_out} of TORCH_CUDA_ARCH_LIST")
+    if left_out:
+        print(f"rmtkernels: left out, as {nvcc} does not know them: {left_out}", file=sys.stderr)
+    return possible if named else (*possible[:-1], f"{possible[-1]}+PTX")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """The architectures of a list such as "Ampere;sm_90a 12.0+PTX", as "8.0" and each once, with PTX if any has it."""
+    parts = re.split(r"[;,\s]+", text)
+    names = [name for part in parts for name in TORCH_NAMES.get(part, part).split(";") if name]
+    found: dict[str, str] = {}
+    for name in names:
+        match = re.fullmatch(r"(?:sm_|compute_)?(\d+?)\.?(\d[af]?)(\+PTX)?", name)
+        architecture, ptx = (f"{match[1]}.{match[2]}", match[3] or "") if match else (name, "")
+        found[architecture] = found.get(architecture) or ptx
+    return tuple(architecture + ptx for architecture, ptx in found.items())
 
 
 def _number(architecture: str) -> str:

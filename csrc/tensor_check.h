@@ -17,6 +17,21 @@ namespace rmtkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A tensor whose storage was freed (as sharded training does) still has a shape.
+inline void check_has_data(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.numel() == 0 || t.const_data_ptr() != nullptr, name, " has a shape but no memory");
+}
+
+// Two sequences or layers of an output must not share memory: threads write them at once.
+inline bool rows_are_apart(const Tensor& t) {
+  const int64_t outer = t.size(0) > 1 ? t.stride(0) : INT64_MAX, inner = t.size(1) > 1 ? t.stride(1) : INT64_MAX;
+  const int64_t small = outer < inner ? outer : inner, large = outer < inner ? inner : outer;
+  const int64_t count = outer < inner ? t.size(0) : t.size(1);
+  return small >= t.size(2) && (large == INT64_MAX || large / count >= small);
+}
+
+constexpr int64_t kMaxSize = int64_t(1) << 40;  // products of a few sizes up to it still fit 64 bits
+
 // Shapes of one push: `steps` rows for each of `layers` x `batch` streams of `window` slots, `dim` wide.
 struct PushShape {
   int64_t layers, batch, window, dim, steps;
@@ -46,11 +61,17 @@ inline PushShape check_window_push(const Tensor& ring, const Tensor& gram, const
     STD_TORCH_CHECK(row.scalar_type() == type, "window_push_: rows must have the ring's dtype");
     STD_TORCH_CHECK(row.get_device_index() == ring.get_device_index() && row.is_cpu() == ring.is_cpu(),
                     "window_push_: rows and ring must be on one device");
+    check_has_data(row, "window_push_: a row");
   }
+  STD_TORCH_CHECK(T <= kMaxSize / (B > 0 ? B : 1), "window_push_: ", T, " rows for ", B, " sequences are too many");
+  check_has_data(ring, "window_push_: ring");
+  check_has_data(gram, "window_push_: gram");
+  check_has_data(seen, "window_push_: seen");
   if (mask) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == (flat ? 1 : 2) && mask->size(0) == B &&
                         (flat ? 1 : mask->size(1)) == T && mask->is_cpu() == ring.is_cpu(),
                     "window_push_: mask must be bool (B,) or (B, T) on the ring's device");
+    check_has_data(*mask, "window_push_: mask");
   }
   return {L, B, N, D, T};
 }
@@ -68,8 +89,10 @@ inline SpectrumShape check_spectrum_descriptors(const Tensor& descriptors, const
                   "spectrum_descriptors_: gram must be contiguous float32 (L, B, N, N)");
   const int64_t L = gram.size(0), B = gram.size(1), N = gram.size(2);
   STD_TORCH_CHECK(N >= 1 && N <= kMaxWindow, "spectrum_descriptors_: window must be 1 to ", kMaxWindow, ", got ", N);
-  STD_TORCH_CHECK(dim >= 1 && joint >= kPerLayer && joint <= kJointTrace,
-                  "spectrum_descriptors_: dim must be positive, joint 0, 1 or 2");
+  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxSize && joint >= kPerLayer && joint <= kJointTrace,
+                  "spectrum_descriptors_: dim must be 1 to 2^40, joint 0, 1 or 2");
+  STD_TORCH_CHECK(L <= (int64_t(1) << 20) && (joint == kPerLayer || L > 0),
+                  "spectrum_descriptors_: a joint spectrum needs a layer");
   STD_TORCH_CHECK(seen.dim() == 1 && seen.scalar_type() == ScalarType::Long && seen.size(0) == B,
                   "spectrum_descriptors_: seen must be int64 (B,)");
   STD_TORCH_CHECK(mp_median.dim() == 1 && mp_median.is_contiguous() && mp_median.scalar_type() == ScalarType::Double &&
@@ -78,12 +101,15 @@ inline SpectrumShape check_spectrum_descriptors(const Tensor& descriptors, const
   const int64_t spectra = joint == kPerLayer ? L : 1;
   const auto check_out = [&](const Tensor& out, int64_t last, const char* name) {
     STD_TORCH_CHECK(out.dim() == 3 && out.scalar_type() == ScalarType::Float && out.size(0) == spectra &&
-                        out.size(1) == B && out.size(2) == last && out.stride(2) == 1,
+                        out.size(1) == B && out.size(2) == last && out.stride(2) == 1 && rows_are_apart(out),
                     "spectrum_descriptors_: ", name, " must be float32 (", spectra, ", ", B, ", ", last,
-                    ") with unit last stride");
+                    ") with unit last stride and no two rows in one place");
+    check_has_data(out, name);
   };
   check_out(descriptors, kDescriptors, "descriptors");
   check_out(eigenvalues, N, "eigenvalues");
+  check_has_data(gram, "spectrum_descriptors_: gram");
+  check_has_data(seen, "spectrum_descriptors_: seen");
   return {L, B, N};
 }
 

@@ -11,10 +11,12 @@ MODULES = ("_C", "_C_cuda", "_host")
 # Module name -> "loaded", "not built" or "failed: <what the loader said>".
 STATUS: dict[str, str] = {}
 _LOADED: dict[str, ModuleType] = {}
+isa_error = ""  # what is wrong with RMTKERNELS_ISA; a choice made by hand never falls back
 
 
 def load() -> None:
     """Imports the libraries; torch and the schemas must be there first."""
+    global isa_error
     for name in MODULES:
         # Only beside this file: an editable install would lend a copied folder the libraries of the original.
         if PathFinder.find_spec(f"rmtkernels.{name}", [str(Path(__file__).parent)]) is None:
@@ -27,7 +29,7 @@ def load() -> None:
             STATUS[name] = f"failed: {error}"
     wanted = os.environ.get("RMTKERNELS_ISA") or "auto"
     if STATUS["_C"] == "loaded" and wanted != "auto" and wanted not in cpu_isas():
-        STATUS["_C"] = f"failed: RMTKERNELS_ISA={wanted} is not one of auto, {', '.join(cpu_isas())}"
+        isa_error = f"RMTKERNELS_ISA={wanted} is not one of auto, {', '.join(cpu_isas())}"
 
 
 def cpu_isa() -> str:
@@ -42,4 +44,7 @@ def cpu_isas() -> tuple[str, ...]:
 
 def set_cpu_isa(name: str) -> bool:
     """False if there is no such instruction set here; then nothing changes."""
-    return "_C" in _LOADED and bool(_LOADED["_C"].set_cpu_isa(name))
+    global isa_error
+    done = "_C" in _LOADED and bool(_LOADED["_C"].set_cpu_isa(name))
+    isa_error = "" if done else isa_error
+    return done

@@ -19,7 +19,8 @@ OPERATORS = ("window_push_", "window_gram", "spectrum_eigvalsh", "spectrum_descr
 BACKENDS = ("cpu", "cuda", "reference")
 
 _LIBRARY_OF = {"cpu": "_C", "cuda": "_C_cuda"}
-_forced: list[str | None] = [os.environ.get("RMTKERNELS_BACKEND") or None]  # the innermost choice last
+# One-element lists, the newest choice last; the first is the environment's.
+_forced: list[list[str | None]] = [[os.environ.get("RMTKERNELS_BACKEND") or None]]
 _warned: set[str] = set()
 _available: dict[tuple[str, str], str] = {}
 
@@ -44,6 +45,7 @@ def set_cpu_isa(name: str) -> None:
         raise BackendError(
             f"instruction set {name!r} is not available here; there is: {', '.join(cpu_isas()) or 'none'}"
         )
+    _available.clear()
 
 
 def backends(operator: str) -> dict[str, str]:
@@ -58,11 +60,12 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         BackendError: if there is no such backend.
     """
-    _forced.append(_checked(backend))
+    choice: list[str | None] = [_checked(backend)]  # an object of its own: blocks of two threads need not end in order
+    _forced.append(choice)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced[:] = [other for other in _forced if other is not choice]
 
 
 def select(operator: str, device: torch.device, backend: str | None = None) -> str:
@@ -71,7 +74,7 @@ def select(operator: str, device: torch.device, backend: str | None = None) -> s
     Raises:
         BackendError: if the backend asked for is missing, or does not run on `device`.
     """
-    chosen = backend if backend is not None else _forced[-1]
+    chosen = backend if backend is not None else _forced[-1][0]
     if chosen is None:
         return _automatic(operator, device.type)
     if _checked(chosen) == "reference":
@@ -86,6 +89,8 @@ def select(operator: str, device: torch.device, backend: str | None = None) -> s
 def _automatic(operator: str, device_type: str) -> str:
     if device_type == "meta" or _status(operator, device_type) == "available":
         return device_type
+    if device_type == "cpu" and _native.isa_error:
+        raise BackendError(_native.isa_error)
     if operator not in _warned:
         _warned.add(operator)
         warnings.warn(
@@ -117,6 +122,8 @@ def _find_status(operator: str, backend: str) -> str:
     library = _LIBRARY_OF.get(backend)
     if library is None:
         return f"rmtkernels has no kernels for {backend!r}"
+    if backend == "cpu" and _native.isa_error:
+        return _native.isa_error
     if _native.STATUS[library] != "loaded":
         return f"rmtkernels.{library} {_native.STATUS[library]}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rmtkernels::{operator}", backend.upper()):

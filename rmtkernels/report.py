@@ -4,6 +4,7 @@ error is the answer, since the report is read when something is broken."""
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -109,11 +110,20 @@ def _cuda(build: dict[str, Any]) -> dict[str, Any]:
 
 
 def _covers(architectures: list[str], major: int, minor: int) -> bool:
-    """A binary runs on later minor versions of its major one, PTX on everything later."""
+    """Whether code for these architectures, "8.0" or "80", runs on a device of capability major.minor.
+
+    A binary runs on its minor version and later ones of the same major version, PTX on everything later as well. Both
+    run on their exact version alone if architecture-specific ("9.0a"), and on no other major one if family-specific
+    ("10.0f"). Names that are none of these cover nothing.
+    """
     for architecture in architectures:
-        number = architecture.removesuffix("+PTX").rstrip("af")
-        built = tuple(int(part) for part in number.split("."))
-        if built <= (major, minor) and (built[0] == major or architecture.endswith("+PTX")):
+        match = re.fullmatch(r"(\d+?)\.?(\d)([af]?)(\+PTX)?", architecture)
+        if match is None:
+            continue
+        built, kind, ptx = (int(match[1]), int(match[2])), match[3], match[4]
+        if built == (major, minor):
+            return True
+        if kind != "a" and built < (major, minor) and (built[0] == major or (ptx and not kind)):
             return True
     return False
 

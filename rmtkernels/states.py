@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rmtkernels.errors import ShapeError
-from rmtkernels.ops.sliding_window import window_push_
+from rmtkernels.ops.sliding_window import check_dtype, check_window, window_push_
 from rmtkernels.ops.spectrum import spectrum_descriptors
 
 
@@ -29,9 +29,12 @@ class SlidingWindow:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        check_window(window)
+        check_dtype("dtype", dtype)
         self.ring = torch.zeros(layers, batch, window, dim, dtype=dtype, device=device)
         self.gram = torch.zeros(layers, batch, window, window, device=device)
         self.seen = torch.zeros(batch, 3, dtype=torch.int64, device=device)
+        self.seen[:, 2] = -1
         self.rows, self.rejected = self.seen[:, 0], self.seen[:, 1]
 
     def update(self, rows: Sequence[Tensor], mask: Tensor | None = None) -> None:

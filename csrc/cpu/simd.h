@@ -29,6 +29,11 @@ RMT_INLINE f64x4 load4(const double* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
+RMT_INLINE f64x4 load4(const float* p) {
+  f32x4 v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, f64x4);
+}
 RMT_INLINE void store4(double* p, f64x4 v) { std::memcpy(p, &v, sizeof(v)); }
 RMT_INLINE f64x4 splat(double x) { return f64x4{x, x, x, x}; }
 

@@ -5,6 +5,7 @@
 // Householder reflections, vectorised within the matrix; then several tridiagonal matrices of one size, one to a SIMD
 // lane, go through the root-free QL iteration side by side. Lanes never mix: a matrix gives the same bits alone.
 #include <cmath>
+#include <cstring>
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -39,6 +40,7 @@ RMT_INLINE f64x4 square_root(f64x4 x) {
 // One matrix being worked on. Rows and columns beyond n are zero, so loops run over whole 4 x 4 tiles.
 struct Workspace {
   alignas(32) double a[kMaxWindow * kMaxWindow];
+  double sorted[kMaxWindow * kMaxWindow];
   alignas(32) double v[kMaxWindow];
   alignas(32) double w[kMaxWindow];
 };
@@ -79,11 +81,12 @@ RMT_INLINE double dot(const double* x, const double* y, int first, int ld) {
 }
 
 // Householder reduction of the symmetric s.a (both triangles, n x n, leading dimension round_up4(n)); it is destroyed.
-// Writes the diagonal and the squares of the subdiagonal, `step` doubles apart.
+// Writes the diagonal and the squares of the subdiagonal, `step` doubles apart and last row first: QL wants the small
+// end of a graded matrix at the top.
 void tridiagonalise(Workspace& s, int n, double* diagonal, double* squares, int step) {
   const int ld = round_up4(n);
   for (int k = 0; k + 1 < n; ++k) {
-    diagonal[k * step] = s.a[k * ld + k];
+    diagonal[(n - 1 - k) * step] = s.a[k * ld + k];
     const int first = (k + 1) & ~3;
     for (int j = first; j < ld; j += 4) store4(s.v + j, load4(s.a + k * ld + j));
     const double head = s.v[k + 1];
@@ -91,7 +94,7 @@ void tridiagonalise(Workspace& s, int n, double* diagonal, double* squares, int 
     // The tail is summed apart: beside a head 1e8 times larger its square is lost, but not its effect on eigenvalues.
     const double tail = dot(s.v, s.v, first, ld), squared = tail + head * head;
     const bool negligible = squared < kNegligible;
-    squares[k * step] = negligible ? 0.0 : squared;
+    squares[(n - 2 - k) * step] = negligible ? 0.0 : squared;
     if (negligible || tail == 0) continue;  // nothing to eliminate
     const double norm = std::sqrt(squared);
     s.v[k + 1] = head + std::copysign(norm, head);
@@ -102,7 +105,7 @@ void tridiagonalise(Workspace& s, int n, double* diagonal, double* squares, int 
     for (int j = first; j < ld; j += 4) store4(s.w + j, fma(shift, load4(s.v + j), scale * load4(s.w + j)));
     rank_two_update(s, first, ld);
   }
-  if (n > 0) diagonal[(n - 1) * step] = s.a[(n - 1) * ld + n - 1], squares[(n - 1) * step] = 0;
+  if (n > 0) diagonal[0] = s.a[(n - 1) * ld + n - 1], squares[(n - 1) * step] = 0;
 }
 
 // K vectors of four tridiagonal matrices each: d[i * K + k], e2[i * K + k] hold row i.
@@ -125,8 +128,8 @@ struct Sweep {
 };
 
 constexpr int kStepsPerScale = 8;
-// Where r_i is less (the matrix's largest entry is 1), nothing couples row i to the rows behind it: the sweep restarts.
-// kStepsPerScale factors of that size still fit a double.
+// Where r_i is less (the matrix's largest entry is near 1), nothing couples row i to the rows behind it: the sweep
+// restarts. kStepsPerScale factors of that size still fit a double.
 constexpr double kDecoupled = 0x1p-110;
 
 // Starts a sweep for eigenvalue l with Wilkinson's shift; false in all lanes that have converged. An e below 2^-60
@@ -211,9 +214,26 @@ void sort_ascending(double* x, int n) {  // insertion: QL leaves the values near
   }
 }
 
-// Divides s.a by its largest entry and returns that entry; NaN if an entry is not finite, 0 for a zero matrix.
+// Sorts the rows and columns of s.a by their diagonal entries, largest first: then a reflection never mixes a large row
+// into the smaller ones that are still to be reduced, and their eigenvalues keep their digits.
+void sort_by_diagonal(Workspace& s, int n) {
+  const int ld = round_up4(n);
+  int order[kMaxWindow];
+  for (int i = 0; i < n; ++i) {
+    int j = i;
+    for (; j > 0 && std::fabs(s.a[order[j - 1] * (ld + 1)]) < std::fabs(s.a[i * (ld + 1)]); --j)
+      order[j] = order[j - 1];
+    order[j] = i;
+  }
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) s.sorted[i * ld + j] = s.a[order[i] * ld + order[j]];
+  for (int i = 0; i < n; ++i) std::memcpy(s.a + i * ld, s.sorted + i * ld, size_t(n) * sizeof(double));
+}
+
+// Scales s.a by a power of two so that its largest entry lies in [1/2, 1), sorts it if it is graded, and returns what
+// to multiply the eigenvalues by; NaN if an entry is not finite, 0 for a zero matrix.
 double normalise(Workspace& s, int n) {
-  const int size = n * round_up4(n);
+  const int ld = round_up4(n), size = n * ld;
   f64x4 largest = splat(0), check = splat(0);
   for (int i = 0; i < size; i += 4) {
     const f64x4 x = absolute(load4(s.a + i));
@@ -221,11 +241,20 @@ double normalise(Workspace& s, int n) {
     check += x - x;  // NaN as soon as one entry is NaN or infinite
   }
   if (lane_sum(check) != 0) return NAN;
-  double scale = 0;
-  for (int lane = 0; lane < 4; ++lane) scale = largest[lane] > scale ? largest[lane] : scale;
-  if (scale > 0)
-    for (int i = 0; i < size; i += 4) store4(s.a + i, load4(s.a + i) / splat(scale));
-  return scale;
+  double maximum = 0;
+  for (int lane = 0; lane < 4; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
+  if (maximum == 0) return 0;
+  int exponent = 0;
+  std::frexp(maximum, &exponent);
+  const double down = std::ldexp(1.0, exponent < -1000 ? 1000 : -exponent);
+  for (int i = 0; i < size; i += 4) store4(s.a + i, load4(s.a + i) * splat(down));
+  double low = 1, high = 0;
+  for (int i = 0; i < n; ++i) {
+    const double entry = std::fabs(s.a[i * (ld + 1)]);
+    low = entry < low ? entry : low, high = entry > high ? entry : high;
+  }
+  if (high > 1024 * low) sort_by_diagonal(s, n);
+  return 1 / down;
 }
 
 // Runs problems first .. first + count - 1 (count <= 4 K, all of size n) through the solver. `load(workspace, i)` fills
@@ -247,7 +276,7 @@ void solve_group(int64_t first, int count, int n, const Load& load, const Save& 
     else
       for (int i = 0; i < n; ++i) d[i * step + lane] = e2[i * step + lane] = 0;
   }
-  for (int lane = count; lane < step; ++lane)  // NaN in an idle lane would slow the busy ones
+  for (int lane = count; lane < step; ++lane)  // zeros in an idle lane become NaN, which halves the speed of all
     for (int i = 0; i < n; ++i) d[i * step + lane] = d[i * step], e2[i * step + lane] = e2[i * step];
   implicit_ql<K>(lanes, n);
   for (int lane = 0; lane < count; ++lane) {
@@ -281,11 +310,20 @@ void eigvalsh(const T* matrices, T* eigenvalues, int64_t n64, int64_t begin, int
     solve(first, int(end - first < 8 ? end - first : 8), n, load, save);
 }
 
-// The rows x rows block of one Gram matrix: a += weight * G.
-void add_gram(double* a, const float* gram, int rows, int window, double weight) {
+// The rows x rows blocks of up to kTogether Gram matrices: a += sum of weight * G.
+constexpr int kTogether = 8;
+void add_grams(double* a, const float* const* gram, const double* weight, int count, int rows, int window) {
   const int ld = round_up4(rows);
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < rows; ++j) a[i * ld + j] += weight * double(gram[i * window + j]);
+  for (int i = 0; i < rows; ++i) {
+    int j = 0;
+    for (; j + 4 <= rows; j += 4) {
+      f64x4 sum = load4(a + i * ld + j);
+      for (int k = 0; k < count; ++k) sum = fma(splat(weight[k]), load4(gram[k] + i * window + j), sum);
+      store4(a + i * ld + j, sum);
+    }
+    for (; j < rows; ++j)
+      for (int k = 0; k < count; ++k) a[i * ld + j] += weight[k] * double(gram[k][i * window + j]);
+  }
 }
 
 // Trace of the block, centred or not. Centring subtracts the mean row of the window: tr(J G J) = tr G - sum(G) / rows.
@@ -294,16 +332,15 @@ double gram_trace(const float* gram, int rows, int window, bool center) {
   double trace = 0, sum = 0;
   for (int i = 0; i < rows; ++i) {
     trace += double(gram[i * window + i]);
-    if (!center) continue;
     f64x4 part = splat(0);
     int j = 0;
     for (; j + 8 <= rows; j += 8) part += fold(load8(gram + i * window + j));
     sum += lane_sum(part);
     for (; j < rows; ++j) sum += double(gram[i * window + j]);
   }
+  if (!std::isfinite(sum)) return NAN;  // what is not finite must reach the solver
   const double centred = center && rows > 0 ? trace - sum / rows : trace;
-  const bool nothing = centred <= (center ? kResolution * trace : 0.0) && std::isfinite(centred);
-  return nothing ? 0.0 : centred;  // what is not finite must reach the solver
+  return centred <= (center ? kResolution * trace : 0.0) ? 0.0 : centred;
 }
 
 // G -> J G J with J = I - 11'/rows: the Gram matrix of the rows less their mean, at a cost of rows^2.
@@ -331,13 +368,16 @@ double load_window(const DescriptorArgs& args, double* a, int64_t problem, int r
   const int window = int(args.window);
   const int64_t size = args.window * args.window;
   const auto gram = [&](int64_t layer) { return args.gram + (layer * args.batch + problem % args.batch) * size; };
-  double log_sum = 0, trace_sum = 0;
+  const bool scaled = args.joint == kJointTrace;
+  double log_sum = 0, trace_sum = 0, weights[kTogether];
+  const float* grams[kTogether];
+  int count = 0;
   const int64_t first = args.joint == kPerLayer ? problem / args.batch : 0;
   const int64_t last = args.joint == kPerLayer ? first + 1 : args.layers;
   for (int64_t layer = first; layer < last; ++layer) {
     const double trace = gram_trace(gram(layer), rows, window, args.center);
-    const bool scaled = args.joint == kJointTrace;
-    if (trace != 0) add_gram(a, gram(layer), rows, window, scaled ? 1 / trace : 1.0);
+    if (trace != 0) grams[count] = gram(layer), weights[count++] = scaled ? 1 / trace : 1.0;
+    if (count == kTogether || layer + 1 == last) add_grams(a, grams, weights, count, rows, window), count = 0;
     trace_sum += trace;
     log_sum += log_trace(trace, double(args.dim));
   }

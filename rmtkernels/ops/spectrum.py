@@ -47,7 +47,7 @@ def _spectrum_descriptors_fake(
     center: bool,
     joint: int,
 ) -> None:
-    for tensor in (descriptors, eigenvalues, seen):  # one without data brings the whole call here
+    for tensor in (descriptors, eigenvalues, seen, mp_median):  # one without data brings the whole call here
         if tensor.device != gram.device:
             raise DeviceError(f"all tensors must be on the Gram matrices' device {gram.device}, got {tensor.device}")
 
@@ -60,8 +60,8 @@ def _spectrum_medians_fake(like: Tensor, window: int, dim: int) -> Tensor:
 def spectrum_eigvalsh(matrices: Tensor, *, backend: str | None = None) -> Tensor:
     """All eigenvalues of many small symmetric matrices, as `torch.linalg.eigvalsh`.
 
-    Computed in float64 whatever the input: the error is a few float64 roundings of the largest eigenvalue, so that
-    eigenvalues far below it keep their digits.
+    Computed in float64 whatever the input: the error is a few float64 roundings of the largest eigenvalue. Where the
+    diagonal spans orders of magnitude, as with massive activations, small eigenvalues keep their own digits too.
 
     Args:
         matrices: (..., N, N) float32 or float64, N <= 128. Only the lower triangle is read.
@@ -144,7 +144,7 @@ def spectrum_descriptors_(
     """
     if select("spectrum_descriptors_", gram.device, backend) == "reference":
         _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
-        values = reference.spectrum_descriptors_ref(gram.detach(), seen, dim, center=center, joint=joint)
+        values = reference.spectrum_descriptors_ref(gram.detach().cpu(), seen.cpu(), dim, center=center, joint=joint)
         descriptors.copy_(values[0])
         eigenvalues.copy_(values[1])
         return
@@ -161,21 +161,31 @@ def spectrum_descriptors_(
 
 def _medians(window: int, dim: int, like: Tensor) -> Tensor:
     """(window + 1,) float64: entry n is the Marchenko-Pastur median of n eigenvalues of rows of width `dim`."""
-    # A kept table cannot be traced, nor a traced one kept.
-    if torch.compiler.is_compiling() or type(like) is not Tensor:
+    # A kept table cannot be traced, nor may one made while something traces be kept.
+    if torch.compiler.is_compiling() or type(like) is not Tensor or _intercepted():
         return torch.ops.rmtkernels.spectrum_medians(like, window, dim)  # type: ignore[no-any-return]
     return _median_table(window, dim, like.device)
 
 
+def _intercepted() -> bool:
+    """Whether a dispatch mode or a functorch transform sees every new tensor."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @torch.library.impl("rmtkernels::spectrum_medians", "CompositeExplicitAutograd")
 def _spectrum_medians(like: Tensor, window: int, dim: int) -> Tensor:
-    return _median_table(window, dim, like.device).clone()
+    return torch.tensor(_median_list(window, dim), dtype=torch.float64, device=like.device)
 
 
 @lru_cache(maxsize=256)
 def _median_table(window: int, dim: int, device: torch.device) -> Tensor:
-    medians = [1.0] + [laws.marchenko_pastur_median(n / dim) for n in range(1, window + 1)]
-    return torch.tensor(medians, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(_median_list(window, dim), dtype=torch.float64, device=device)
+
+
+@lru_cache(maxsize=256)
+def _median_list(window: int, dim: int) -> tuple[float, ...]:
+    return (1.0, *(laws.marchenko_pastur_median(n / dim) for n in range(1, window + 1)))
 
 
 def _check_descriptors(

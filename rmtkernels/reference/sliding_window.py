@@ -36,8 +36,8 @@ def window_gram_ref(
     """`rmtkernels.window_gram` by pushing row after row; `dtype` is that of the Gram matrices."""
     batch, steps, dim = hidden.shape
     ring = hidden.new_zeros(1, batch, window, dim)
-    gram = torch.zeros(1, batch, window, window, dtype=dtype)
-    seen = torch.zeros(batch, 3, dtype=torch.int64)
+    gram = torch.zeros(1, batch, window, window, dtype=dtype, device=hidden.device)
+    seen = torch.zeros(batch, 3, dtype=torch.int64, device=hidden.device)
     grams, counts = [], []
     for t in range(steps):
         window_push_ref_(ring, gram, seen, [hidden[:, t]], None if mask is None else mask[:, t])
@@ -45,5 +45,5 @@ def window_gram_ref(
             grams.append(gram[0].clone())
             counts.append(seen[:, 0].clone())
     if not grams:
-        return torch.zeros(batch, 0, window, window, dtype=dtype), torch.zeros(batch, 0, dtype=torch.int64)
+        return gram.new_zeros(batch, 0, window, window), seen.new_zeros(batch, 0)
     return torch.stack(grams, 1), torch.stack(counts, 1)

@@ -14,8 +14,9 @@ _SMALLEST_TRACE = torch.finfo(torch.float32).tiny
 
 def spectrum_eigvalsh_ref(matrices: Tensor) -> Tensor:
     """Eigenvalues, ascending, float64. Reads the lower triangle."""
-    eigenvalues: Tensor = torch.linalg.eigvalsh(matrices.double())
-    return eigenvalues
+    finite = matrices.isfinite().all(-1).all(-1)
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[..., None, None], matrices, 0.0).double())
+    return torch.where(finite[..., None], eigenvalues, torch.nan)
 
 
 def spectrum_descriptors_ref(
@@ -28,9 +29,10 @@ def spectrum_descriptors_ref(
         for b in range(batch):
             rows = min(int(seen[b]), window)
             blocks = gram[layer, b, :rows, :rows].double().reshape(layers if joint else 1, rows, rows)
-            lam, log_trace, width = _window_spectrum(blocks, dim, center, joint)
-            descriptors.append(_descriptors(lam, log_trace, width))
-            eigenvalues.append(torch.cat([lam, lam.new_zeros(window - len(lam))]))
+            lam, log_trace, width = _window_spectrum(blocks.nan_to_num(), dim, center, joint)
+            broken = 0.0 if blocks.isfinite().all() else math.nan
+            descriptors.append(_descriptors(lam, log_trace, width) + broken)
+            eigenvalues.append(torch.cat([lam + broken, lam.new_zeros(window - len(lam))]))
     spectra = layers if joint is None else 1
     if not descriptors:
         return gram.new_zeros(spectra, batch, _DESCRIPTORS).double(), gram.new_zeros(spectra, batch, window).double()
@@ -44,7 +46,7 @@ def _window_spectrum(blocks: Tensor, dim: int, center: bool, joint: str | None) 
     layers, rows = blocks.shape[0], blocks.shape[-1]
     traces = _traces(blocks)
     if center and rows:
-        projector = torch.eye(rows, dtype=torch.float64) - 1.0 / rows
+        projector = torch.eye(rows, dtype=torch.float64, device=blocks.device) - 1.0 / rows
         blocks = projector @ blocks @ projector
         equal_rows = _traces(blocks) <= _RESOLUTION * traces  # all that is left is rounding
         blocks = torch.where(equal_rows[:, None, None], 0.0, blocks)

@@ -1,13 +1,12 @@
-"""The demo's model: accuracy against the float64 oracle on real activations, and the command a user runs."""
+"""The demo's model: accuracy against the float64 oracle on real activations, and a monitor that changes nothing."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import rmtkernels
-from eigentrack import EigenTrack, cli
+from eigentrack import EigenTrack
 from rmtkernels.reference import spectrum_descriptors_ref, window_gram_ref
 
 TEXT = (
@@ -85,21 +84,3 @@ def test_watching_leaves_the_real_model_alone(real: tuple[Any, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
     assert track.layers == list(range(2, 30, 3))
     assert track.descriptors.shape == (2, 11, 130)
-
-
-def test_the_command_a_newcomer_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "spectra.png"
-    arguments = ["watch", "--demo", "--prompt", "Say\x1b[31m hello.", "--max-new-tokens", "6", "--threads", "1"]
-    assert cli.main([*arguments, "--picture", str(picture)]) == 0
-    printed = capsys.readouterr().out
-    assert "entropy / ln n" in printed and "monitor:" in printed and "\x1b" not in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["watch", "--demo", "--window", "500", "--prompt", "x"]) == 1
-    assert "window must be 1 to 128" in capsys.readouterr().err
-    assert cli.main(["watch", "--model", "no-such-folder", "--prompt", "x"]) == 1
-    assert "no-such-folder" in capsys.readouterr().err
-    assert cli.main(["watch", "--demo", "--layers", "x", "--prompt", "x"]) == 1
-    assert "--layers must be" in capsys.readouterr().err

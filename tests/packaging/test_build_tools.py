@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -71,11 +71,54 @@ def test_default_architectures_are_those_nvcc_knows_with_ptx_for_the_newest(cuda
 
 
 @pytest.mark.parametrize(
-    ("asked", "architectures"), [("9.0", ("9.0",)), ("8.0 9.0a", ("8.0", "9.0a")), ("7.0;8.0+PTX", ("8.0+PTX",))]
+    ("asked", "architectures"),
+    [
+        ("9.0", ("9.0",)),
+        ("8.0 9.0a", ("8.0", "9.0a")),
+        ("7.0;8.0+PTX", ("8.0+PTX",)),
+        ("80,sm_90a;compute_90", ("8.0", "9.0a", "9.0")),
+        ("8.0;80;sm_80", ("8.0",)),
+        ("8.0;9.0;8.0+PTX;8.0", ("8.0+PTX", "9.0")),
+        ("Ampere;8.0", ("8.0",)),
+        (" Hopper; ", ("9.0+PTX",)),
+        ("Ampere Hopper", ("8.0", "9.0+PTX")),
+    ],
 )
 def test_torch_cuda_arch_list_is_honoured(cuda_toolkit, tmp_path, monkeypatch, asked, architectures):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     assert cuda_toolkit.find_toolkit(tmp_path).architectures == architectures
+
+
+def test_every_name_of_torch_is_spelled_out(cuda_toolkit):
+    named = cuda_toolkit._split("Turing;Ampere;Ada;Hopper;Blackwell")
+    assert named == ("7.5+PTX", "8.0", "8.6+PTX", "8.9+PTX", "9.0+PTX", "10.0", "12.0+PTX")
+
+
+@pytest.mark.parametrize("unknown", ["7.0", "nonsense", "sm_120"])
+def test_an_unknown_architecture_is_left_out_with_a_note(cuda_toolkit, tmp_path, monkeypatch, capsys, unknown):
+    monkeypatch.delenv("RMTKERNELS_CUDA", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"{unknown};8.0")
+    assert cuda_toolkit.find_toolkit(tmp_path).architectures == ("8.0",)
+    note = unknown if unknown != "sm_120" else "12.0"
+    assert capsys.readouterr().err.endswith(f"nvcc does not know them: {note}\n")
+
+
+def test_an_unknown_architecture_stops_a_build_that_insists_on_cuda(cuda_toolkit, tmp_path, monkeypatch):
+    native_command = importlib.import_module("native_command")
+    monkeypatch.setenv("RMTKERNELS_CUDA", "on")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Blackwell")
+    monkeypatch.setattr(native_command, "cuda_kernels", lambda: ["a kernel"])
+    torch = SimpleNamespace(root=tmp_path / "torch")
+    with pytest.raises(SystemExit) as caught:
+        native_command._plan_cuda(torch)
+    stopped = str(caught.value)
+    assert stopped.startswith("rmtkernels: RMTKERNELS_CUDA=on, but ") and "\n" not in stopped
+    assert stopped.endswith("nvcc does not know 10.0, 12.0+PTX of TORCH_CUDA_ARCH_LIST")
+
+
+def test_our_own_list_stops_nobody(cuda_toolkit, tmp_path, monkeypatch):
+    monkeypatch.setenv("RMTKERNELS_CUDA", "on")
+    assert cuda_toolkit.find_toolkit(tmp_path).architectures == ("8.0", "9.0+PTX")
 
 
 def test_no_known_architecture_is_a_failure(cuda_toolkit, tmp_path, monkeypatch):

@@ -162,19 +162,35 @@ def test_environment_chooses_backend_and_instruction_set() -> None:
     assert result.stdout.split() == [rmtkernels.cpu_isas()[0], "cpu", "cpu", "cpu"], result.stderr
 
 
-def test_a_wrong_instruction_set_in_the_environment_is_reported_not_ignored() -> None:
+def test_a_wrong_instruction_set_in_the_environment_is_refused_until_a_right_one_is_set() -> None:
     code = (
         "import torch, rmtkernels as r\n"
-        "print(r._native.STATUS['_C'])\n"
-        "print(r.spectrum_eigvalsh(torch.eye(2)).tolist())\n"
-        "r.spectrum_eigvalsh(torch.eye(2), backend='cpu')\n"
+        "print(r._native.STATUS['_C'], r.dispatch.backends('spectrum_eigvalsh')['cpu'])\n"
+        "for backend in (None, 'cpu'):\n"
+        "    try: r.spectrum_eigvalsh(torch.eye(2), backend=backend)\n"
+        "    except r.BackendError as error: print(error)\n"
+        "r.set_cpu_isa('baseline')\n"
+        "print(r.spectrum_eigvalsh(torch.eye(2)).tolist(), r.cpu_isa())\n"
     )
     result = in_subprocess(code, RMTKERNELS_ISA="bogus")
-    status, values = result.stdout.splitlines()
-    assert status.startswith("failed: RMTKERNELS_ISA=bogus is not one of auto")
-    assert values == "[1.0, 1.0]"
-    assert "slow float64 reference" in result.stderr
-    assert "BackendError" in result.stderr.splitlines()[-1]
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("loaded RMTKERNELS_ISA=bogus is not one of auto"), result.stderr
+    assert all("RMTKERNELS_ISA=bogus is not one of auto" in line for line in lines[1:3])
+    assert lines[3] == "[1.0, 1.0] baseline"
+
+
+def test_blocks_that_do_not_end_in_order() -> None:
+    one, other = rmtkernels.use_backend("reference"), rmtkernels.use_backend("cpu")
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert dispatch.select("window_gram", torch.device("cpu")) == "cpu" and _forced_names() == ["cpu"]
+    other.__exit__(None, None, None)
+    assert _forced_names() == []
+
+
+def _forced_names() -> list[str | None]:
+    return [choice[0] for choice in dispatch._forced[1:]]
 
 
 def test_a_wrong_backend_in_the_environment_is_refused_at_first_use() -> None:

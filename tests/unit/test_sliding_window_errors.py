@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import rmtkernels
 from rmtkernels import DeviceError, DtypeError, RmtkernelsError, ShapeError, window_gram, window_push_
 from tests.helpers import State, empty_state, normal, pushed, same_state
 
@@ -115,3 +116,26 @@ def test_window_gram_names_mistakes(error: type[Exception], changes: Arguments) 
 def test_window_gram_names_a_mask_on_another_device() -> None:
     with pytest.raises(DeviceError):
         window_gram(normal(2, 5, 4), 3, mask=torch.ones(2, 5, dtype=torch.bool, device="meta"))
+
+
+def test_more_rows_than_can_be_counted_are_refused() -> None:
+    state = rmtkernels.SlidingWindow(1, 4, 4, 0)
+    with pytest.raises(RuntimeError, match="too many"):
+        state.update([torch.zeros(4, 1, 0).expand(4, 2**61, 0)])
+
+
+def test_freed_rows_are_refused() -> None:
+    state = rmtkernels.SlidingWindow(1, 2, 4, 8)
+    row = torch.ones(2, 8)
+    row.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory"):
+        state.update([row])
+    assert state.rows.tolist() == [0, 0]
+
+
+def test_a_state_checks_its_own_sizes() -> None:
+    with pytest.raises(rmtkernels.ShapeError):
+        rmtkernels.SlidingWindow(1, 1, 129, 4)
+    with pytest.raises(rmtkernels.DtypeError):
+        rmtkernels.SlidingWindow(1, 1, 8, 4, dtype=torch.float64)
+    assert rmtkernels.SlidingWindow(1, 2, 8, 4).seen.tolist() == [[0, 0, -1]] * 2

@@ -138,7 +138,7 @@ def test_small_eigenvalues_of_a_graded_matrix_against_50_digits(order: str) -> N
         exact = torch.tensor(sorted(float(value) for value in exact), dtype=DOUBLE)
     values = spectrum_eigvalsh(matrix)
     assert_accurate(values, exact)
-    assert ((values - exact).abs() <= 1e-5 * exact).all()
+    assert ((values - exact).abs() <= 1e-11 * exact).all()  # LAPACK loses seven digits more in two of the orders
 
 
 @pytest.mark.parametrize("exponent", [-1040, -1000, -500, -100, 100, 500, 1000])

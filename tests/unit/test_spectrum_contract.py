@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import rmtkernels
 from rmtkernels import DESCRIPTORS, DeviceError, DtypeError, ShapeError, spectrum_descriptors, spectrum_descriptors_
+from rmtkernels.laws import marchenko_pastur_edges, marchenko_pastur_median
 from tests.helpers import gram_of, normal, same_bits
 
 pytestmark = pytest.mark.usefixtures("isa", "nan_memory")
@@ -195,3 +198,64 @@ def test_the_raw_operator_raises_too(changes: dict[str, Any]) -> None:
     torch.ops.rmtkernels.spectrum_descriptors_(**arguments)
     with pytest.raises(RuntimeError):
         torch.ops.rmtkernels.spectrum_descriptors_(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("name", ["descriptors", "eigenvalues"])
+def test_outputs_whose_rows_share_memory_are_refused(name: str) -> None:
+    gram, seen = torch.eye(4).expand(2, 1, 4, 4).contiguous(), torch.tensor([4])
+    out = {"descriptors": torch.zeros(2, 1, len(rmtkernels.DESCRIPTORS)), "eigenvalues": torch.zeros(2, 1, 4)}
+    out[name] = out[name][:1].expand(2, -1, -1)
+    with pytest.raises(RuntimeError, match="no two rows in one place"):
+        rmtkernels.spectrum_descriptors_(out["descriptors"], out["eigenvalues"], gram, seen, 8)
+
+
+def test_freed_memory_is_refused() -> None:
+    gram = torch.eye(4)[None, None].clone()
+    gram.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="no memory"):
+        rmtkernels.spectrum_descriptors(gram, torch.tensor([4]), 8)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("center", [True, False])
+def test_nan_off_a_zero_diagonal_is_not_lost(backend: str, center: bool) -> None:
+    gram = torch.zeros(1, 2, 3, 3)
+    gram[0, 0, 2, 0] = gram[0, 0, 0, 2] = torch.nan
+    values, _ = rmtkernels.spectrum_descriptors(gram, torch.tensor([3, 3]), 8, center=center, backend=backend)
+    assert values[0, 0].isnan().all() and not values[0, 1].isnan().any()
+
+
+def test_a_call_inside_a_tracer_leaves_no_trace_in_later_calls() -> None:
+    gram, seen = torch.eye(7)[None, None].clone(), torch.tensor([7])
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        rmtkernels.spectrum_descriptors(gram, seen, 999)
+    with pytest.raises(RuntimeError, match="functionalizing"):  # torch itself cannot, for operators that mutate
+        torch.func.functionalize(lambda g: rmtkernels.spectrum_descriptors(g, seen, 997)[0])(gram)
+    for dim in (999, 997):
+        got, _ = rmtkernels.spectrum_descriptors(gram, seen, dim)
+        want, _ = rmtkernels.spectrum_descriptors(gram, seen, dim, backend="reference")
+        torch.testing.assert_close(got, want)
+
+
+def test_the_median_is_that_of_the_degrees_of_freedom() -> None:
+    """Centring costs one: with few columns the medians of 3 and of 4 eigenvalues differ, and so do the edges."""
+    rows, dim = 4, 4
+    edge, wrong = (marchenko_pastur_edges(3 / dim)[1] / marchenko_pastur_median(n / dim) for n in (rows - 1, rows))
+    between = (edge + wrong) / 2
+    assert edge < between < wrong, "the wrong median is the smaller one"
+    noise = np.random.default_rng(0).standard_normal((rows, rows - 1))
+    basis = np.linalg.qr(np.column_stack([np.ones(rows), noise]))[0][:, 1:]
+    gram = torch.from_numpy((basis * np.array([between, 1.0, 1.0]) * dim) @ basis.T).float()[None, None]
+    values, lam = rmtkernels.spectrum_descriptors(gram, torch.tensor([rows]), dim)
+    assert lam[0, 0].tolist() == pytest.approx([between, 1, 1, 0], rel=1e-5)
+    assert values[0, 0, DESCRIPTORS.index("above_edge")] == 1
+
+
+@pytest.mark.parametrize(("left", "zero"), [(2.0**-19, False), (2.0**-21, True)])
+def test_what_centring_leaves_of_equal_rows_is_zero_below_the_resolution(left: float, zero: bool) -> None:
+    rows = 8
+    noise = torch.eye(rows, dtype=torch.float64) * left * rows / (rows - 1)
+    gram = (torch.ones(rows, rows, dtype=torch.float64) + noise)[None, None]
+    for backend in ("cpu", "reference"):
+        _, lam = rmtkernels.spectrum_descriptors(gram.float(), torch.tensor([rows]), 16, backend=backend)
+        assert (lam == 0).all() == zero
