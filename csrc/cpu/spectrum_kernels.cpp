@@ -16,7 +16,9 @@ namespace rmtkernels {
 namespace RMT_ISA {
 namespace {
 
-constexpr double kEpsilon = 1.1102230246251565e-16;
+// A subdiagonal entry this much smaller than its neighbours on the diagonal is taken for zero. It moves an eigenvalue
+// by about its square, and by itself at worst: a float64 rounding, or next to nothing of a float32 one.
+constexpr double kDoubleTolerance = 0x1p-53, kFloatTolerance = 0x1p-40;
 constexpr double kNegligible = 1e-200;  // of the square of the largest entry: far below every rounding, above underflow
 constexpr int kMaxSweeps = 60;          // per eigenvalue; two are usual, and without convergence it becomes NaN
 
@@ -134,8 +136,8 @@ constexpr double kDecoupled = 0x1p-110;
 
 // Starts a sweep for eigenvalue l with Wilkinson's shift; false in all lanes that have converged. An e below 2^-60
 // moves no eigenvalue by a float64 rounding of the largest.
-RMT_INLINE bool start_sweep(Sweep& q, f64x4 dl, f64x4 dnext, f64x4 e2, f64x4 dlast) {
-  const f64x4 relative = splat(kEpsilon * kEpsilon) * absolute(dl * dnext), floor = splat(0x1p-120);
+RMT_INLINE bool start_sweep(Sweep& q, f64x4 dl, f64x4 dnext, f64x4 e2, f64x4 dlast, double tolerance) {
+  const f64x4 relative = splat(tolerance * tolerance) * absolute(dl * dnext), floor = splat(0x1p-120);
   q.active = e2 > (relative > floor ? relative : floor);
   const f64x4 half = splat(0.5) * (dnext - dl), root = square_root(fma(half, half, e2));
   q.sigma = dl - e2 / (half + (half < 0 ? -root : root));
@@ -175,13 +177,14 @@ RMT_INLINE void rescale(Sweep& q) {
 
 // Root-free QL: afterwards d holds the eigenvalues, in no order. NaN counts as converged, so bad input ends too.
 template <int K>
-void implicit_ql(Lanes<K>& t, int n) {
+void implicit_ql(Lanes<K>& t, int n, double tolerance) {
   for (int l = 0; l + 1 < n; ++l) {
     for (int count = 0; count <= kMaxSweeps; ++count) {
       Sweep q[K];
       bool more = false;
       for (int k = 0; k < K; ++k)
-        more |= start_sweep(q[k], t.d[l * K + k], t.d[(l + 1) * K + k], t.e2[l * K + k], t.d[(n - 1) * K + k]);
+        more |=
+            start_sweep(q[k], t.d[l * K + k], t.d[(l + 1) * K + k], t.e2[l * K + k], t.d[(n - 1) * K + k], tolerance);
       if (!more) break;
       if (count == kMaxSweeps) {
         for (int k = 0; k < K; ++k) t.d[l * K + k] = q[k].active ? splat(NAN) : t.d[l * K + k];
@@ -261,7 +264,7 @@ double normalise(Workspace& s, int n) {
 // the matrix of problem i, `save(i, values, scale)` takes its eigenvalues in ascending order, to be multiplied by
 // scale.
 template <int K, class Load, class Save>
-void solve_group(int64_t first, int count, int n, const Load& load, const Save& save) {
+void solve_group(int64_t first, int count, int n, double tolerance, const Load& load, const Save& save) {
   Workspace work;
   Lanes<K> lanes;
   double scale[4 * K];
@@ -278,7 +281,7 @@ void solve_group(int64_t first, int count, int n, const Load& load, const Save& 
   }
   for (int lane = count; lane < step; ++lane)  // zeros in an idle lane become NaN, which halves the speed of all
     for (int i = 0; i < n; ++i) d[i * step + lane] = d[i * step], e2[i * step + lane] = e2[i * step];
-  implicit_ql<K>(lanes, n);
+  implicit_ql<K>(lanes, n, tolerance);
   for (int lane = 0; lane < count; ++lane) {
     double values[kMaxWindow];
     for (int i = 0; i < n; ++i) values[i] = d[i * step + lane];
@@ -288,11 +291,11 @@ void solve_group(int64_t first, int count, int n, const Load& load, const Save& 
 }
 
 template <class Load, class Save>
-void solve(int64_t first, int count, int n, const Load& load, const Save& save) {
+void solve(int64_t first, int count, int n, double tolerance, const Load& load, const Save& save) {
   if (count > 4)
-    solve_group<2>(first, count, n, load, save);
+    solve_group<2>(first, count, n, tolerance, load, save);
   else
-    solve_group<1>(first, count, n, load, save);
+    solve_group<1>(first, count, n, tolerance, load, save);
 }
 
 template <class T>
@@ -307,7 +310,8 @@ void eigvalsh(const T* matrices, T* eigenvalues, int64_t n64, int64_t begin, int
     for (int i = 0; i < n; ++i) eigenvalues[problem * n + i] = T(values[i] * scale);
   };
   for (int64_t first = begin; first < end; first += 8)
-    solve(first, int(end - first < 8 ? end - first : 8), n, load, save);
+    solve(first, int(end - first < 8 ? end - first : 8), n, sizeof(T) == 4 ? kFloatTolerance : kDoubleTolerance, load,
+          save);
 }
 
 // The rows x rows blocks of up to kTogether Gram matrices: a += sum of weight * G.
@@ -419,7 +423,7 @@ void descriptors(const DescriptorArgs& args, int64_t begin, int64_t end) {
       if (scale != scale)
         for (int i = 0; i < kDescriptors; ++i) out[i] = NAN;
     };
-    solve(first, count, rows, load, save);
+    solve(first, count, rows, kFloatTolerance, load, save);
     first += count;
   }
 }

@@ -14,6 +14,7 @@ MAX_WINDOW = 128
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 define("window_push_(Tensor(a!) ring, Tensor(b!) gram, Tensor(c!) seen, Tensor[] rows, Tensor? mask=None) -> ()")
+_PUSH_OP = torch.ops.rmtkernels.window_push_.default  # looked up once: this runs at every token
 define("window_gram(Tensor hidden, int window, int stride=1, Tensor? mask=None) -> (Tensor, Tensor)")
 
 
@@ -71,7 +72,7 @@ def window_push_(
         reference.window_push_ref_(ring, gram, seen, list(rows), mask)
         return
     try:
-        torch.ops.rmtkernels.window_push_(ring, gram, seen, rows, mask)
+        _PUSH_OP(ring, gram, seen, rows, mask)
     except RuntimeError:  # the kernel checks all of it before it writes; here its refusal gets its type
         _check_push(ring, gram, seen, rows, mask)
         raise

@@ -21,6 +21,7 @@ DESCRIPTORS = (
     "participation",
     "above_edge",
 )
+_tables: dict[tuple[int, int, torch.device], Tensor] = {}
 _JOINT = {None: 0, "none": 1, "trace": 2}
 
 define("spectrum_eigvalsh(Tensor matrices) -> Tensor")
@@ -29,6 +30,7 @@ define(
     "Tensor mp_median, int dim, bool center, int joint) -> ()"
 )
 define("spectrum_medians(Tensor like, int window, int dim) -> Tensor")
+_DESCRIPTORS_OP = torch.ops.rmtkernels.spectrum_descriptors_.default  # looked up once: this runs at every token
 
 
 @torch.library.register_fake("rmtkernels::spectrum_eigvalsh")
@@ -150,9 +152,7 @@ def spectrum_descriptors_(
         return
     try:
         medians = _medians(gram.shape[-1], dim if joint is None else dim * gram.shape[0], gram)
-        torch.ops.rmtkernels.spectrum_descriptors_(
-            descriptors, eigenvalues, gram, seen, medians, dim, center, _JOINT[joint]
-        )
+        _DESCRIPTORS_OP(descriptors, eigenvalues, gram, seen, medians, dim, center, _JOINT[joint])
     except (RuntimeError, KeyError, ValueError, ZeroDivisionError):
         # All was checked before anything was written; here the refusal gets its type.
         _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
@@ -162,9 +162,16 @@ def spectrum_descriptors_(
 def _medians(window: int, dim: int, like: Tensor) -> Tensor:
     """(window + 1,) float64: entry n is the Marchenko-Pastur median of n eigenvalues of rows of width `dim`."""
     # A kept table cannot be traced, nor may one made while something traces be kept.
-    if torch.compiler.is_compiling() or type(like) is not Tensor or _intercepted():
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
         return torch.ops.rmtkernels.spectrum_medians(like, window, dim)  # type: ignore[no-any-return]
-    return _median_table(window, dim, like.device)
+    key = (window, dim, like.device)
+    table = _tables.get(key)
+    if table is None:
+        with torch.inference_mode(False):
+            table = torch.tensor(_median_list(window, dim), dtype=torch.float64, device=like.device)
+        if not _intercepted():
+            _tables[key] = table
+    return table
 
 
 def _intercepted() -> bool:
@@ -175,12 +182,6 @@ def _intercepted() -> bool:
 @torch.library.impl("rmtkernels::spectrum_medians", "CompositeExplicitAutograd")
 def _spectrum_medians(like: Tensor, window: int, dim: int) -> Tensor:
     return torch.tensor(_median_list(window, dim), dtype=torch.float64, device=like.device)
-
-
-@lru_cache(maxsize=256)
-def _median_table(window: int, dim: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(_median_list(window, dim), dtype=torch.float64, device=device)
 
 
 @lru_cache(maxsize=256)
