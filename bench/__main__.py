@@ -64,6 +64,8 @@ def measure(prepared: Case) -> dict[str, Any]:
         result["floor_seconds"] = floor
         what = "floor: its bytes or operations at the peak"
         print(f"  {what:<44} {floor * 1e6:10.1f} us   {floor / medians['ours']:.0%} reached")
+    for what, value in result["extra"].items():
+        print(f"  {what}: {value:.3g}")
     result["targets"] = targets(prepared, times, result["extra"])
     for line in result["targets"]:
         print(f"  {'met ' if line['met'] else 'MISS'} {line['what']}: {line['value']:.3g}, target {line['target']}")

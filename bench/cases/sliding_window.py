@@ -2,22 +2,25 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import rmtkernels
 from bench.case import Case, case
+from bench.timer import interleave
 from rmtkernels.reference import spectrum_eigvalsh_ref
 
 LAYERS, WINDOW, WIDTH, POOL = 10, 32, 576, 41
+CALLS_ALONE = "seconds of the same calls on windows of one number"
 
 
 class Stream:
     """Rows from a pool that fits the cache, as fresh activations do; no window holds one of them twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         generator = torch.Generator().manual_seed(0)
-        rows = [torch.randn(1, WIDTH, generator=generator) for _ in range(POOL)]
+        rows = [torch.randn(1, width, generator=generator) for _ in range(POOL)]
         self.tokens = [[rows[(step + 5 * layer) % POOL] for layer in range(LAYERS)] for step in range(POOL)]
         self.step = 0
 
@@ -27,17 +30,17 @@ class Stream:
 
 
 class Ours:
-    def __init__(self, joint: str) -> None:
-        self.stream, self.joint = Stream(), joint
-        self.state = rmtkernels.SlidingWindow(LAYERS, 1, WINDOW, WIDTH)
-        self.descriptors, self.eigenvalues = torch.empty(1, 1, len(rmtkernels.DESCRIPTORS)), torch.empty(1, 1, WINDOW)
+    def __init__(self, joint: str, window: int = WINDOW, width: int = WIDTH) -> None:
+        self.stream, self.joint, self.width = Stream(width), joint, width
+        self.state = rmtkernels.SlidingWindow(LAYERS, 1, window, width)
+        self.descriptors, self.eigenvalues = torch.empty(1, 1, len(rmtkernels.DESCRIPTORS)), torch.empty(1, 1, window)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         state = self.state
         state.update(self.stream.next())
         rmtkernels.spectrum_descriptors_(
-            self.descriptors, self.eigenvalues, state.gram, state.rows, WIDTH, center=False, joint=self.joint
+            self.descriptors, self.eigenvalues, state.gram, state.rows, self.width, center=False, joint=self.joint
         )
         return self.eigenvalues
 
@@ -129,6 +132,7 @@ def decode_case(joint: str, peers: dict[str, Callable[[], Tensor]], targets: dic
             joint, {"ours": ours, **{n: p for n, p in peers.items() if joint == "none" or n != "svdvals"}}
         ),
         targets=targets,
+        extra=lambda: {CALLS_ALONE: float(np.median(interleave({"calls": Ours(joint, 1, 1)}, 60)["calls"]))},
         bytes_read=LAYERS * WINDOW * WIDTH * 4,
         flops=2 * LAYERS * WINDOW * WIDTH + 4 * WINDOW**3 // 3,
     )
@@ -136,7 +140,7 @@ def decode_case(joint: str, peers: dict[str, Callable[[], Tensor]], targets: dic
 
 @case("sliding_window.decode_joint")
 def decode_joint() -> Case:
-    """The default joint form: every layer's Gram matrix divided by its trace. svdvals has the raw concatenation."""
+    """The default joint form, uncentred as the peers': each Gram matrix divided by its trace. svdvals has the raw one."""
     peers: dict[str, Callable[[], Tensor]] = {
         "svdvals": Concatenated(torch.linalg.svdvals),
         "best of: bmm": PerLayer(bmm),

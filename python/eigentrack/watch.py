@@ -90,7 +90,6 @@ def watch(
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList([printer])
         )
-        printer.catch_up()
     return Watched(
         prompt,
         tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
