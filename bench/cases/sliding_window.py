@@ -140,7 +140,7 @@ def decode_case(joint: str, peers: dict[str, Callable[[], Tensor]], targets: dic
 
 @case("sliding_window.decode_joint")
 def decode_joint() -> Case:
-    """The default joint form, uncentred as the peers': Gram matrices divided by their traces. svdvals has the raw one."""
+    """The default joint form, uncentred as the peers': each layer divided by its trace. svdvals has the raw layers."""
     peers: dict[str, Callable[[], Tensor]] = {
         "svdvals": Concatenated(torch.linalg.svdvals),
         "best of: bmm": PerLayer(bmm),
