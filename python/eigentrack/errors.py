@@ -17,3 +17,15 @@ class UnsupportedModelError(EigenTrackError, TypeError):
 
 class UnsupportedGenerationError(EigenTrackError, RuntimeError):
     """The way the model is called cannot be followed: beam search, or generation without a cache."""
+
+
+class CallbackError(EigenTrackError, TypeError):
+    """A function given to the monitor answered with something that cannot be used."""
+
+
+class FileFormatError(EigenTrackError, ValueError):
+    """A file is not what it should be: of another kind, damaged, contradicting itself, or of a newer version."""
+
+
+class MismatchError(EigenTrackError, ValueError):
+    """Descriptors do not fit the reference: other names, another window, other settings, or too few to make one."""

@@ -4,36 +4,26 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from eigentrack.cache import CacheThread
+from eigentrack.clock import Clock, Overhead
 from eigentrack.errors import EigenTrackError, TapError, UnsupportedGenerationError
+from eigentrack.files import Settings
 from eigentrack.history import History
+from eigentrack.recording import Recording, current_versions
+from eigentrack.step import Step, read_step
 from eigentrack.taps import find_blocks, hidden_state, module_names, refuse_unsupported, select_layers
 from rmtkernels import DESCRIPTORS, SlidingWindow, spectrum_descriptors_
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
-
-@dataclass(frozen=True)
-class Overhead:
-    """What the monitor cost while decoding, measured inside its own calls on the host.
-
-    On a GPU the host's time is what it takes to launch the work, not the work itself.
-    """
-
-    tokens: int
-    monitor_ms_per_token: float
-    decode_ms_per_token: float
-
-    @property
-    def share(self) -> float:
-        """Monitor time over decode time (which includes it)."""
-        return self.monitor_ms_per_token / self.decode_ms_per_token if self.tokens else 0.0
+if TYPE_CHECKING:  # it imports transformers, which the monitor alone does not need
+    from eigentrack.stopping import StopWhen
 
 
 class EigenTrack:
@@ -57,6 +47,8 @@ class EigenTrack:
         end_tokens: tokens that end a sequence or pad it; by default those of the model's generation config. Name them
             here if you give generate() others. Tokens from the end on are not watched, so that a sequence's result does
             not depend on the others in its batch.
+        on_token: called with a `Step` after each watched step, when the forward pass is over (with start="prompt", once
+            for each token of the prompt). What it raises ends the generation. May be set later: `track.on_token = fn`.
 
     Raises:
         TapError, UnsupportedModelError: on entry, before any hook is set.
@@ -77,6 +69,7 @@ class EigenTrack:
         center: bool = True,
         layer_scale: str = "trace",
         end_tokens: Sequence[int] | None = None,
+        on_token: Callable[[Step], object] | None = None,
     ) -> None:
         _check_choice("spectra", spectra, ("per_layer", "joint"))
         _check_choice("start", start, ("answer", "prompt"))
@@ -96,6 +89,9 @@ class EigenTrack:
         self.spectra = spectra
         self.window = window
         self.center = center
+        self.on_token = on_token
+        self.start = start
+        self.layer_scale = layer_scale
         self._joint = layer_scale if spectra == "joint" else None
         self._prompt_too = start == "prompt"
         self._end_tokens = _end_tokens(model) if end_tokens is None else list(end_tokens)
@@ -109,7 +105,9 @@ class EigenTrack:
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._forwards = 0
-        self._reset_clock()
+        self._requests = 0
+        self._told = 0  # steps that on_token has been called for
+        self._clock = Clock()
 
     # What the user reads
 
@@ -150,10 +148,75 @@ class EigenTrack:
         """(B,) int64: how many steps of each sequence were watched."""
         return self._read("watched").sum(1)
 
+    @property
+    def watched(self) -> Tensor:
+        """(B, T) bool: in which steps each sequence took part."""
+        return self._read("watched")
+
+    @property
+    def settings(self) -> Settings:
+        """What this monitor is set to: what `save` writes beside the values."""
+        return Settings(
+            model=type(self.model).__name__,
+            names=tuple(self.names),
+            taps=tuple(self._tap_names),
+            layers=tuple(self.layers),
+            window=self.window,
+            spectra=self.spectra,
+            start=self.start,
+            center=self.center,
+            layer_scale=self.layer_scale,
+            end_tokens=tuple(self._end_tokens),
+        )
+
+    def recording(self) -> Recording:
+        """The request as it stands, copied to the CPU.
+
+        Raises:
+            EigenTrackError: if nothing has been watched yet.
+        """
+        values = {name: getattr(self, name).cpu() for name in ("descriptors", "eigenvalues", "tokens", "watched")}
+        return Recording(**values, settings=self.settings, versions=current_versions())
+
+    def save(self, path: str | Path) -> None:
+        """Writes the request as it stands to one safetensors file, whole or not at all; read it with `eigentrack.load`.
+
+        Raises:
+            EigenTrackError: if nothing has been watched yet.
+            OSError: if the file cannot be written.
+        """
+        self.recording().save(path)
+
     def overhead(self) -> Overhead:
         """What the monitor cost per decoded token, over all requests so far."""
-        tokens = max(self._decode_steps, 1)
-        return Overhead(self._decode_steps, self._monitor_ns / tokens / 1e6, self._decode_ns / tokens / 1e6)
+        return self._clock.overhead()
+
+    # Acting on it
+
+    def reset(self) -> None:
+        """Forgets windows and history in mid-generation: the next token fed is step 0 of an empty window.
+
+        The text goes on: sequences that have ended stay so, and in start="answer" what follows is still the answer.
+        """
+        self._history, self._told = None, 0
+        if self._state is not None:
+            self._state.reset()
+
+    def stop_when(self, fn: Callable[[Step], bool | Tensor]) -> "StopWhen":
+        """A stopping criterion: `model.generate(..., stopping_criteria=[track.stop_when(fn)])`. Needs transformers.
+
+        `fn` is asked once for each watched step and returns a bool, or a (B,) bool tensor on any device; True ends that
+        sequence for good, and it is not watched on. The token chosen after that step is still part of the output: it
+        was there before it could be judged. Until a token has been watched, all sequences go on. In a batch, generate()
+        feeds a sequence that has ended with padding only if there is an end token; else it goes on in the output.
+
+        Raises:
+            CallbackError: while generating, if `fn` returns anything else.
+            EigenTrackError: while generating, if the monitor is not attached.
+        """
+        from eigentrack.stopping import StopWhen
+
+        return StopWhen(self, fn)
 
     # Attaching
 
@@ -204,11 +267,12 @@ class EigenTrack:
             )
         if not follows or not (decoding or self._prompt_too):
             self._begin(batch, fed.device)
+        self._told = self.steps
         self._ids, self._mask = ids, self._row_mask(given.get("attention_mask"), ids, steps, decoding)
         self._rows = [None] * len(self._taps) if decoding or self._prompt_too else []
         self._missing = len(self._taps)
         self._thread = CacheThread(cache, past + steps, batch)
-        self._clock_step(entered, decoding)
+        self._clock.begin_step(entered, decoding)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         entered = time.perf_counter_ns()
@@ -217,7 +281,16 @@ class EigenTrack:
             idle = [name for name, row in zip(self._tap_names, self._rows, strict=True) if row is None]
             self._rows = []
             raise TapError(f"watched modules that did not run in a forward pass: {', '.join(idle)}")
-        self._step_ns += time.perf_counter_ns() - entered
+        self._clock.add_since(entered)
+        if self.on_token is not None:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Calls on_token for each step of the last pass; the rest of them is forgotten if it resets the monitor."""
+        history, callback = self._history, self.on_token
+        while history is not None and history is self._history and self._told < history.steps and callback:
+            self._told += 1
+            callback(read_step(history, self._told - 1))
 
     def _tap(self, position: int) -> Callable[[nn.Module, Any, Any], None]:
         def collect(module: nn.Module, args: Any, output: Any) -> None:
@@ -234,7 +307,7 @@ class EigenTrack:
             if not self._missing:
                 self._rows = []
                 self._push([hidden_state(row) for row in rows])
-            self._step_ns += time.perf_counter_ns() - entered
+            self._clock.add_since(entered)
 
         return collect
 
@@ -296,9 +369,13 @@ class EigenTrack:
         # Scratch of _row_mask, so that a decode step allocates nothing.
         self._differs = torch.empty(batch, len(self._end_tokens), dtype=torch.bool, device=device)
         self._goes_on = torch.empty(batch, dtype=torch.bool, device=device)
-        self._history = None
-        if self._state is not None:
-            self._state.reset()
+        self._requests += 1
+        self.reset()
+
+    def _end(self, ended: Tensor) -> None:
+        """Sequences that are over: what is fed to them from now on is not watched."""
+        assert self._alive is not None
+        self._alive.logical_and_(~ended.to(self._alive.device))
 
     @torch.inference_mode(False)
     def _allocate(self, rows: Tensor) -> None:
@@ -320,21 +397,6 @@ class EigenTrack:
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
         use_cache = kwargs.get("use_cache")
         return bool(getattr(getattr(self.model, "config", None), "use_cache", True) if use_cache is None else use_cache)
-
-    # Clock: a decode step lasts from one forward pass to the next; only steps seen to their end are counted
-
-    def _reset_clock(self) -> None:
-        self._decode_steps = self._decode_ns = self._monitor_ns = 0
-        self._step_ns = 0
-        self._step_began: int | None = None
-
-    def _clock_step(self, entered: int, decoding: bool) -> None:
-        if decoding and self._step_began is not None:
-            self._decode_steps += 1
-            self._decode_ns += entered - self._step_began
-            self._monitor_ns += self._step_ns
-        self._step_began = entered if decoding else None
-        self._step_ns = time.perf_counter_ns() - entered
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from eigentrack.monitor import EigenTrack, Overhead
+from eigentrack.clock import Overhead
+from eigentrack.monitor import EigenTrack
+from eigentrack.step import Step
 from rmtkernels import DESCRIPTORS
 
 # 256-colour codes from calm to alarmed; the rank of a token's entropy among those so far picks one.
@@ -29,30 +30,19 @@ class Watched:
 
 
 class _Printer:
-    """A stopping criterion that never stops: generate() calls it after every token."""
+    """Prints each step as it comes: the monitor's on_token."""
 
-    def __init__(self, track: EigenTrack, tokenizer: Any, colour: bool, write: Callable[[str], None]) -> None:
-        self.track, self.tokenizer, self.colour, self.write = track, tokenizer, colour, write
-        self.printed = 0
+    def __init__(self, tokenizer: Any, window: int, center: bool, colour: bool, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.window, self.center, self.colour, self.write = tokenizer, window, center, colour, write
         self.entropies: list[float] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.catch_up()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def catch_up(self) -> None:
-        """Prints the tokens that have been fed since the last call."""
-        if not self.track.watching or self.track.steps == self.printed:
-            return
-        layers = self.track.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS)))  # (T, S, F)
-        tokens = self.track.tokens[0]
-        while self.printed < len(tokens):
-            self._line(self.printed, int(tokens[self.printed]), layers[self.printed].mean(0))
-            self.printed += 1
+    def __call__(self, step: Step) -> None:
+        spectra = step.descriptors[0].unflatten(0, (-1, len(DESCRIPTORS)))
+        self._line(step.index, int(step.tokens[0]), spectra.mean(0))
 
     def _line(self, step: int, token: int, mean: Tensor) -> None:
         values = [float(mean[DESCRIPTORS.index(name)]) for name in _COLUMNS]
-        fullness = relative_entropy(values[1], step, self.track.window, self.track.center)
+        fullness = relative_entropy(values[1], step, self.window, self.center)
         self.entropies.append(fullness)
         text = f"{printable(self.tokenizer.decode([token])):<16.16}"
         if self.colour:
@@ -76,8 +66,6 @@ def watch(
     Raises:
         What EigenTrack raises.
     """
-    from transformers import StoppingCriteriaList
-
     inputs = encode(tokenizer, prompt).to(model.device)
     with EigenTrack(model, **options) as track:
         what = "mean over the watched layers" if track.spectra == "per_layer" else "the joint spectrum"
@@ -86,10 +74,8 @@ def watch(
         write(
             f"{'step':>4}  {'token':<16}  {'λ₁/Σλ':>7}  {'entropy':>7}  {'eff.rank':>7}  {'>edge':>5}  entropy / ln n"
         )
-        printer = _Printer(track, tokenizer, colour, write)
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=StoppingCriteriaList([printer])
-        )
+        track.on_token = _Printer(tokenizer, track.window, track.center, colour, write)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return Watched(
         prompt,
         tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),

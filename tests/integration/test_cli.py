@@ -7,14 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import BatchEncoding
 
-from eigentrack import Overhead, cli
+from eigentrack import Overhead, Step, cli
 from eigentrack.plot import plot_spectra
 from eigentrack.watch import Watched, _paint, _Printer, relative_entropy, watch
 from rmtkernels import DESCRIPTORS
@@ -266,12 +265,12 @@ def test_paint_goes_from_calm_to_alarmed() -> None:
 
 def test_the_colour_is_the_rank_among_the_tokens_so_far() -> None:
     entropies = [0.0, 0.6, 0.2, 0.5, 0.1]  # relative: 0, 0.87, 0.18, 0.36, 0.06
-    descriptors = torch.zeros(1, len(entropies), len(DESCRIPTORS))
-    descriptors[0, :, DESCRIPTORS.index("entropy")] = torch.tensor(entropies)
-    tokens = torch.arange(len(entropies))[None]
-    track: Any = SimpleNamespace(watching=True, steps=5, window=8, center=False, descriptors=descriptors, tokens=tokens)
     lines: list[str] = []
-    _Printer(track, Tokenizer(), True, lines.append).catch_up()
+    printer = _Printer(Tokenizer(), 8, False, True, lines.append)
+    for t, entropy in enumerate(entropies):
+        descriptors = torch.zeros(1, len(DESCRIPTORS))
+        descriptors[0, DESCRIPTORS.index("entropy")] = entropy
+        printer(Step(t, torch.tensor([t]), descriptors, torch.tensor([True]), torch.tensor([t + 1])))
     painted = [COLOUR.findall(line) for line in lines]
     assert [text.strip() for [(_, text)] in painted] == ["<0>", "<1>", "<2>", "<3>", "<4>"]
     # Ranks 1/1, 2/2, 2/3, 3/4 and 2/5: colours 10, 10, 7, 8 and 4 of 0 to 10.

@@ -1,0 +1,40 @@
+"""What one step of a watched generation shows, while the model generates."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eigentrack.history import History
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One watched step. The tensors are copies on the model's device: they may be kept and changed.
+
+    Attributes:
+        index: t, counted from 0 in each request.
+        tokens: (B,) int64, the tokens fed; -1 where the model was fed embeddings.
+        descriptors: (B, F) float32, as `track.descriptors[:, t]`; NaN where a sequence took no part.
+        watched: (B,) bool, which sequences took part.
+        rows: (B,) int64, how many activations each window holds, 0 to N.
+    """
+
+    index: int
+    tokens: Tensor
+    descriptors: Tensor
+    watched: Tensor
+    rows: Tensor
+
+
+def read_step(history: History, index: int) -> Step:
+    """Step `index` of a history."""
+    watched = history.watched[index].clone()
+    descriptors = history.descriptors[index].transpose(0, 1).flatten(1)  # (S, B, F) -> (B, S * F)
+    window = history.eigenvalues.shape[-1]
+    return Step(
+        index,
+        history.tokens[index].clone(),
+        descriptors.masked_fill(~watched[:, None], float("nan")),
+        watched,
+        history.watched[: index + 1].sum(0).clamp_(max=window),
+    )

@@ -1,0 +1,63 @@
+"""Ends sequences of `generate` by what the monitor sees. Imports transformers: to be imported when it is asked for."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from eigentrack.errors import CallbackError, EigenTrackError, UnsupportedGenerationError
+from eigentrack.history import History
+from eigentrack.step import Step, read_step
+
+if TYPE_CHECKING:
+    from eigentrack.monitor import EigenTrack
+
+
+class StopWhen(StoppingCriteria):
+    """The stopping criterion of `EigenTrack.stop_when`: asks once per watched step, and what has ended stays ended."""
+
+    def __init__(self, track: "EigenTrack", fn: Callable[[Step], bool | Tensor]) -> None:
+        self.track, self.fn = track, fn
+        self._request = -1
+        self._history: History | None = None
+        self._asked = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(B,) bool on the device of `input_ids`: which sequences are over."""
+        if not self.track._hooks:
+            raise EigenTrackError("stop_when watches nothing here: call generate() inside the monitor's with block")
+        if self._request != self.track._requests:
+            self._request = self.track._requests
+            self._ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        history = self.track._history
+        if history is not self._history:
+            self._history, self._asked = history, 0
+        while history is not None and self._asked < history.steps:
+            step = read_step(history, self._asked)
+            if len(step.watched) != len(self._ended):
+                raise UnsupportedGenerationError(
+                    f"stop_when watches a batch of {len(step.watched)}, but generate() asks about {len(self._ended)} "
+                    "sequences: give the criterion to the model that the monitor is on, and no other"
+                )
+            self._asked += 1
+            self._ended |= _verdict(self.fn(step), step).to(self._ended.device)
+            self.track._end(self._ended)
+            if self.track._history is not history:  # the function called reset()
+                break
+        return self._ended.clone()
+
+
+def _verdict(answer: object, step: Step) -> Tensor:
+    """(B,) bool.
+
+    Raises:
+        CallbackError: if the function answered anything but a bool or one per sequence.
+    """
+    batch = len(step.watched)
+    verdict = torch.tensor(answer) if isinstance(answer, bool) else answer
+    if not isinstance(verdict, Tensor) or verdict.dtype != torch.bool or verdict.shape not in ((), (batch,)):
+        got = f"{verdict.dtype} {tuple(verdict.shape)}" if isinstance(verdict, Tensor) else repr(answer)[:80]
+        raise CallbackError(f"the function of stop_when must return a bool or a bool tensor ({batch},), got {got}")
+    return verdict.expand(batch)
