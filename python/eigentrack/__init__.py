@@ -13,6 +13,7 @@ from eigentrack.errors import (
 from eigentrack.files import Settings
 from eigentrack.monitor import EigenTrack
 from eigentrack.recording import Recording, load
+from eigentrack.reference import Reference
 from eigentrack.step import Step
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MismatchError",
     "Overhead",
     "Recording",
+    "Reference",
     "Settings",
     "Step",
     "TapError",

@@ -1,0 +1,208 @@
+"""How strange descriptors are beside those of ordinary text: a score that needs no labels."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigentrack.errors import FileFormatError, MismatchError
+from eigentrack.files import Settings, read, settings_fields, settings_of, write
+from eigentrack.step import Step
+
+KIND, VERSION = "eigentrack.reference", 1
+POOLED = 50  # values behind each median, at least
+CLIP = 5.0  # no descriptor counts for more than this many deviations
+FLOOR, SPREAD_FLOOR = 1e-3, 0.1
+QUANTILES = 1001
+DTYPES = {"median": torch.float32, "scale": torch.float32, "counts": torch.int64, "quantiles": torch.float32}
+
+
+class Watched(Protocol):
+    """What a Recording and an EigenTrack have in common."""
+
+    @property
+    def descriptors(self) -> Tensor: ...
+
+    @property
+    def watched(self) -> Tensor: ...
+
+    @property
+    def settings(self) -> Settings: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Medians and deviations of the descriptors of ordinary text, for windows of 1, 2, ... N activations.
+
+    The score of a step is the root mean square over the descriptors of z = (x - median) / scale, clipped to ±5 so that
+    one descriptor alone cannot decide. It is about 1 for ordinary text, at most 5, higher = stranger. Descriptors are
+    taken one by one: what several say together counts several times, and an odd combination of ordinary values is not
+    seen. It knows nothing of truth.
+
+    Attributes:
+        median, scale: (N, F) float32; row n - 1 belongs to windows of n activations.
+        counts: (N,) int64, values behind each row.
+        quantiles: (1001,) float32 of the score over the reference itself, from its least to its highest.
+        settings: of the monitor it was made with.
+
+    Source: ours. Robust z-scores as in Iglewicz and Hoaglin (1993).
+    """
+
+    median: Tensor
+    scale: Tensor
+    counts: Tensor
+    quantiles: Tensor
+    settings: Settings
+    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    @staticmethod
+    def fit(recordings: Iterable[Watched]) -> "Reference":
+        """From recordings of ordinary text, made with the settings that will be used later; a few thousand tokens.
+
+        A window still filling differs from a full one, so each level has statistics of its own, from its values and
+        those of the levels nearest to it, as many as it takes to have 50. scale = 1.4826 MAD + 0.1 s + 0.001, where s
+        is the range that holds nine tenths of the values, over 3.29 (the deviation, if they were normal): a count that
+        is mostly the same, or a constant, has a MAD of 0.
+
+        Raises:
+            MismatchError: if the recordings' settings differ, or fewer than 50 tokens were watched.
+        """
+        values: list[Tensor] = []
+        levels: list[Tensor] = []
+        settings: Settings | None = None
+        for recording in recordings:
+            settings = settings or recording.settings
+            _check_settings(settings, recording.settings)
+            descriptors, watched = recording.descriptors.cpu(), recording.watched.cpu()
+            rows = _rows(watched, settings.window)
+            usable = watched & descriptors.isfinite().all(-1)
+            values.append(descriptors[usable])
+            levels.append(rows[usable])
+        total = sum(map(len, values))
+        if settings is None or total < POOLED:
+            raise MismatchError(f"a reference needs at least {POOLED} watched tokens, got {total}: record more text")
+        pool, level = torch.cat(values), torch.cat(levels)
+        median, scale, counts = _statistics(pool.double().numpy(), level.numpy(), settings.window)
+        made = Reference(median, scale, counts, torch.empty(0), settings)
+        scores = np.quantile(made._distance(pool, level).numpy(), np.linspace(0, 1, QUANTILES))
+        return Reference(median, scale, counts, torch.from_numpy(scores).float(), settings)
+
+    def score(self, watched: Watched | Tensor) -> Tensor:
+        """(B, T) float32 on the descriptors' device; NaN where a sequence was not watched.
+
+        Args:
+            watched: an EigenTrack, a Recording, or (B, T, F) descriptors that begin with an empty window.
+
+        Raises:
+            MismatchError: if settings differ from the reference's, or descriptors are not (B, T, F).
+        """
+        if isinstance(watched, Tensor):
+            descriptors = watched
+            if descriptors.dim() != 3 or descriptors.shape[2] != self.median.shape[1]:
+                raise MismatchError(
+                    f"descriptors must be (B, T, {self.median.shape[1]}), got {tuple(descriptors.shape)}"
+                )
+            mask = ~descriptors.isnan().all(-1)
+        else:
+            _check_settings(self.settings, watched.settings)
+            descriptors, mask = watched.descriptors, watched.watched
+        return self._distance(descriptors, _rows(mask, self.settings.window))
+
+    def score_step(self, step: Step) -> Tensor:
+        """(B,) float32: the same for one step while the model generates, as `track.stop_when` wants it.
+
+        Raises:
+            MismatchError: if the step has another number of descriptors.
+        """
+        if step.descriptors.shape[1] != self.median.shape[1]:
+            raise MismatchError(
+                f"the reference has {self.median.shape[1]} descriptors, the step {step.descriptors.shape[1]}: "
+                "use the settings it was made with"
+            )
+        return self._distance(step.descriptors, step.rows)
+
+    def threshold(self, share: float) -> float:
+        """The score that this share of the reference's own tokens exceeds, 0 to 1: where to begin with a limit.
+
+        Raises:
+            MismatchError: if share is not from 0 to 1.
+        """
+        if not 0 <= share <= 1:
+            raise MismatchError(f"share must be from 0 to 1, got {share}")
+        return float(np.interp(1 - share, np.linspace(0, 1, QUANTILES), self.quantiles.numpy()))
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whole or not at all; `Reference.load` gives back the same bits.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        tensors = {name: getattr(self, name) for name in DTYPES}
+        write(path, KIND, VERSION, tensors, {"settings": settings_fields(self.settings)})
+
+    @staticmethod
+    def load(path: str | Path) -> "Reference":
+        """The reference in a file that `save` wrote.
+
+        Raises:
+            FileFormatError: if the file is not a reference, is damaged, contradicts itself, or is of a newer version.
+            OSError: if it cannot be read.
+        """
+        tensors, fields = read(path, KIND, VERSION, DTYPES)
+        settings = settings_of(fields.get("settings"), path)
+        shape = settings.window, len(settings.names)
+        wanted = {"median": shape, "scale": shape, "counts": shape[:1], "quantiles": (QUANTILES,)}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != wanted[name]:
+                raise FileFormatError(
+                    f"{path} contradicts itself: {name} is {tuple(tensor.shape)}, its settings say {wanted[name]}"
+                )
+        if not (tensors["scale"] > 0).all() or not tensors["median"].isfinite().all():
+            raise FileFormatError(f"{path} contradicts itself: a deviation is not positive, or a median not finite")
+        return Reference(**tensors, settings=settings)
+
+    def _distance(self, descriptors: Tensor, rows: Tensor) -> Tensor:
+        """(..., F) descriptors of windows of (...) activations -> (...)."""
+        at = self._on_device.get(descriptors.device)
+        if at is None:
+            at = self.median.to(descriptors.device), self.scale.to(descriptors.device)
+            self._on_device[descriptors.device] = at
+        level = (rows - 1).clamp_(min=0)
+        z = (descriptors - at[0][level]).div_(at[1][level]).clamp_(-CLIP, CLIP)
+        return z.square_().mean(-1).sqrt_()
+
+
+def _rows(watched: Tensor, window: int) -> Tensor:
+    """(B, T): how many activations each window holds."""
+    return watched.cumsum(1).clamp_(max=window)
+
+
+def _statistics(values: np.ndarray, level: np.ndarray, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Median and scale (N, F) and the number of values behind them (N,)."""
+    medians, scales, counts = [], [], []
+    for n in range(1, window + 1):
+        distance = abs(level - n)
+        reach = np.sort(distance)[POOLED - 1] if (distance == 0).sum() < POOLED else 0
+        pool = values[distance <= reach]
+        median = np.median(pool, axis=0)
+        low, high = np.quantile(pool, (0.05, 0.95), axis=0)
+        medians.append(median)
+        scales.append(1.4826 * np.median(abs(pool - median), axis=0) + SPREAD_FLOOR * (high - low) / 3.29 + FLOOR)
+        counts.append(len(pool))
+    return torch.tensor(np.array(medians)).float(), torch.tensor(np.array(scales)).float(), torch.tensor(counts)
+
+
+def _check_settings(ours: Settings, theirs: Settings) -> None:
+    """Raises MismatchError if descriptors made with these settings cannot be compared."""
+    names = ["model", "names", "window", "start", "center"] + ["layer_scale"] * (ours.spectra == "joint")
+    for name in names:
+        one, other = getattr(ours, name), getattr(theirs, name)
+        if one != other:
+            shown = "the descriptors" if name == "names" else f"{name} {one!r} and {other!r}"
+            raise MismatchError(
+                f"what the monitors of reference and text were set to differs: {shown}; record both with one setting"
+            )
