@@ -1,7 +1,5 @@
 """EigenTrack: watches the spectra of a language model's hidden states while it generates."""
 
-import inspect
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eigentrack.cache import CacheThread
+from eigentrack.attachment import Attachment
+from eigentrack.cache import CacheView
+from eigentrack.candidates import Candidates
 from eigentrack.clock import Clock, Overhead
-from eigentrack.errors import EigenTrackError, TapError, UnsupportedGenerationError
+from eigentrack.errors import EigenTrackError
 from eigentrack.files import Settings
 from eigentrack.history import History
+from eigentrack.passes import Pass
 from eigentrack.recording import Recording, current_versions
+from eigentrack.request import Request
 from eigentrack.step import Step, read_step
-from eigentrack.taps import find_blocks, hidden_state, module_names, refuse_unsupported, select_layers
+from eigentrack.taps import find_blocks, module_names, refuse_unsupported, select_layers
 from rmtkernels import DESCRIPTORS, SlidingWindow, spectrum_descriptors_
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
@@ -95,17 +97,12 @@ class EigenTrack:
         self._joint = layer_scale if spectra == "joint" else None
         self._prompt_too = start == "prompt"
         self._end_tokens = _end_tokens(model) if end_tokens is None else list(end_tokens)
-        self._hooks: list[Any] = []
-        self._thread = CacheThread(None, 0, 0)
+        self._hooks: Attachment | None = None
+        self._passes: int | None = None  # how many the last block saw
+        self._request = Request(self._end_tokens, self._prompt_too)
+        self._candidates: Candidates | None = None
         self._state: SlidingWindow | None = None
         self._history: History | None = None
-        self._alive: Tensor | None = None
-        self._rows: list[Any] = []  # outputs of the taps in the running forward pass; empty if it is not watched
-        self._missing = 0
-        self._ids: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._forwards = 0
-        self._requests = 0
         self._told = 0  # steps that on_token has been called for
         self._clock = Clock()
 
@@ -136,11 +133,13 @@ class EigenTrack:
     @property
     def watching(self) -> bool:
         """Whether a token of the running request has been watched yet; until then there is nothing to read."""
+        self._settle()
         return self._history is not None
 
     @property
     def steps(self) -> int:
         """T: steps of the running request watched so far."""
+        self._settle()
         return 0 if self._history is None else self._history.steps
 
     @property
@@ -198,7 +197,7 @@ class EigenTrack:
 
         The text goes on: sequences that have ended stay so, and in start="answer" what follows is still the answer.
         """
-        self._history, self._told = None, 0
+        self._history, self._candidates, self._told = None, None, 0
         if self._state is not None:
             self._state.reset()
 
@@ -224,66 +223,99 @@ class EigenTrack:
         if self._hooks:
             raise EigenTrackError("this EigenTrack is attached already")
         refuse_unsupported(self.model, needs_cache=not self._prompt_too)
-        self._signature = inspect.signature(self.model.forward)
-        self._forwards = 0
-        self._hooks.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        for position, module in enumerate(self._taps):
-            self._hooks.append(module.register_forward_hook(self._tap(position)))
-        self._hooks.append(self.model.register_forward_hook(self._after_forward))
+        self._passes = None
+        self._hooks = Attachment(self, self.model, self._taps, self._tap_names, needs_mask=self._prompt_too)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._rows, self._ids, self._mask, self._state = [], None, None, None  # the history stays, to be read
-        self._thread = CacheThread(None, 0, 0)
-        if kind is None and not self._forwards:
+        assert self._hooks is not None
+        self._hooks.remove()
+        self._passes, self._hooks = self._hooks.passes, None
+        if kind is None:
+            self._settle()
+            self._tell()
+        self._candidates, self._state = None, None  # the history stays, to be read
+        self._request.forget()
+        if kind is None and not self._passes:
             warnings.warn(
-                "EigenTrack saw no forward pass. A model that was compiled before never calls its hooks: "
-                "attach first, or call torch._dynamo.reset()",
+                _NO_PASS,
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     # What runs inside the model's forward pass
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered = time.perf_counter_ns()
-        self._forwards += 1
-        given = self._signature.bind_partial(*args, **kwargs).arguments if args else kwargs
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
-        fed: Any = given.get("inputs_embeds") if ids is None else ids
-        batch, steps = fed.shape[:2]
-        past = 0 if cache is None else int(cache.get_seq_length())
-        follows = past > 0 and self._thread.follows(cache, past, batch)
-        decoding = follows and steps == 1
-        if not decoding and not self._prompt_too and not self._uses_cache(given):
-            raise UnsupportedGenerationError(
-                "without a key-value cache every step feeds the whole text again: generate with use_cache=True, "
-                'or watch single passes with start="prompt"'
-            )
-        if not follows or not (decoding or self._prompt_too):
-            self._begin(batch, fed.device)
-        self._told = self.steps
-        self._ids, self._mask = ids, self._row_mask(given.get("attention_mask"), ids, steps, decoding)
-        self._rows = [None] * len(self._taps) if decoding or self._prompt_too else []
-        self._missing = len(self._taps)
-        self._thread = CacheThread(cache, past + steps, batch)
-        self._clock.begin_step(entered, decoding)
+    def _begin_pass(self, given: Pass, view: CacheView, entered: int) -> bool:
+        """Whether rows of this pass are wanted."""
+        candidates = self._candidates
+        if candidates is not None:
+            self._settle()
+            self._tell()
+            self._request.cache_holds(candidates.held())
+            self._candidates = None
+        if self._request.begin_pass(given, view):
+            self.reset()
+        self._told = 0 if self._history is None else self._history.steps
+        self._clock.begin_step(entered, self._request.decoding)
+        return self._request.decoding or self._prompt_too or self._request.candidates > 0
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        entered = time.perf_counter_ns()
-        self._thread.remember()
-        if self._rows:
-            idle = [name for name, row in zip(self._tap_names, self._rows, strict=True) if row is None]
-            self._rows = []
-            raise TapError(f"watched modules that did not run in a forward pass: {', '.join(idle)}")
+    @torch.no_grad()
+    def _take(self, rows: list[Tensor], entered: int) -> None:
+        """The (B, T, D) hidden states of the running pass, one per tap."""
+        request = self._request
+        watched, offered = request.split(rows[0])
+        if request.decoding or self._prompt_too:
+            for t in range(watched):
+                one = rows if watched + offered == 1 else [row[:, t : t + 1] for row in rows]
+                self._push(one, request.tokens(t), request.row_mask(t))
+        if offered:
+            self._candidates = Candidates([row[:, watched:] for row in rows], request.ids, request.length)
+        self._clock.add_since(entered)
+
+    def _end_pass(self, view: CacheView, entered: int) -> None:
+        if self._candidates is not None:
+            self._candidates.cache = view.cache
+        self._request.end_pass(view)
         self._clock.add_since(entered)
         if self.on_token is not None:
             self._tell()
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Brings windows and history to what the cache says of the candidates; cropped later, it may say less."""
+        candidates = self._candidates
+        if candidates is None or candidates.pushed == candidates.accepted():
+            return
+        if candidates.pushed:
+            self._restore(*candidates.before)
+        else:
+            candidates.before = self._snapshot()
+        candidates.pushed = candidates.accepted()
+        for t in range(candidates.pushed):
+            ids = candidates.tokens(t)
+            self._push(candidates.row(t), ids, self._request.go_on(ids))
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        state, history, alive = self._state, self._history, self._request.alive
+        assert alive is not None
+        return (
+            history,
+            0 if history is None else history.steps,
+            None if state is None else state.state_dict(),
+            alive.clone(),
+        )
+
+    def _restore(self, history: History | None, steps: int, state: dict[str, Tensor] | None, alive: Tensor) -> None:
+        self._history = history
+        if history is not None:
+            history.steps = steps
+        if state is None:
+            self._state = None
+        elif self._state is not None:
+            self._state.load_state_dict(state)
+        self._request.alive.copy_(alive)  # type: ignore[union-attr]
 
     def _tell(self) -> None:
         """Calls on_token for each step of the last pass; the rest of them is forgotten if it resets the monitor."""
@@ -292,90 +324,27 @@ class EigenTrack:
             self._told += 1
             callback(read_step(history, self._told - 1))
 
-    def _tap(self, position: int) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(module: nn.Module, args: Any, output: Any) -> None:
-            rows = self._rows
-            if not rows:  # a pass that is not watched, or recomputation after it
-                return
-            entered = time.perf_counter_ns()
-            if rows[position] is not None:
-                raise EigenTrackError(
-                    f"{type(module).__name__} ran twice in one forward pass; watch its callers instead"
-                )
-            rows[position] = output
-            self._missing -= 1
-            if not self._missing:
-                self._rows = []
-                self._push([hidden_state(row) for row in rows])
-            self._clock.add_since(entered)
-
-        return collect
-
-    @torch.no_grad()
-    def _push(self, rows: list[Tensor]) -> None:
-        """Takes the (B, T, D) hidden states of one forward pass, one per tap, token by token."""
+    def _push(self, rows: list[Tensor], tokens: Tensor | None, mask: Tensor | None) -> None:
+        """One step: a (B, 1, D) hidden state per tap, the (B, 1) tokens fed, and which sequences take part."""
         if self._history is None:
             self._allocate(rows[0])
         state, history = self._state, self._history
         assert state is not None and history is not None
-        tokens, mask, steps = self._ids, self._mask, rows[0].shape[1]
-        for t in range(steps):
-            one = slice(t, t + 1)
-            step = history.next_step()
-            state.update(
-                rows if steps == 1 else [row[:, one] for row in rows],
-                mask if mask is None or steps == 1 else mask[:, one],
-            )
-            spectrum_descriptors_(
-                history.descriptors[step],
-                history.eigenvalues[step],
-                state.gram,
-                state.rows,
-                rows[0].shape[2],
-                center=self.center,
-                joint=self._joint,
-            )
-            torch.ge(state.seen[:, 2], 0, out=history.watched[step])
-            history.tokens[step] = -1 if tokens is None else tokens[:, t]
-
-    def _row_mask(self, attention_mask: Any, ids: Tensor | None, steps: int, decoding: bool) -> Tensor | None:
-        """(B, T) bool: rows to push. Padding is not, nor is anything from a sequence's end token on."""
-        assert self._alive is not None
-        if decoding:
-            if ids is not None:
-                torch.ne(ids[:, :1], self._ends, out=self._differs)
-                torch.all(self._differs, 1, out=self._goes_on)
-                self._alive.logical_and_(self._goes_on)
-            return self._alive[:, None]
-        self._alive.fill_(True)  # a new turn: everybody takes part again
-        if attention_mask is None or not self._prompt_too:
-            return None
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            return attention_mask[:, -steps:].bool()
-        if len(self._alive) > 1:
-            raise UnsupportedGenerationError(
-                'start="prompt" needs the (B, T) attention mask to leave padding out, but the model was given a '
-                'prepared one, as a static cache does: use start="answer", a dynamic cache, or one sequence at a time'
-            )
-        return None
+        step = history.next_step()
+        state.update(rows, mask)
+        spectrum_descriptors_(
+            history.descriptors[step],
+            history.eigenvalues[step],
+            state.gram,
+            state.rows,
+            rows[0].shape[2],
+            center=self.center,
+            joint=self._joint,
+        )
+        torch.ge(state.seen[:, 2], 0, out=history.watched[step])
+        history.tokens[step] = -1 if tokens is None else tokens[:, 0]
 
     # State
-
-    @torch.inference_mode(False)  # what outlives a request must not be an inference tensor
-    def _begin(self, batch: int, device: torch.device) -> None:
-        """A new request: empty windows, empty history."""
-        self._alive = torch.ones(batch, dtype=torch.bool, device=device)
-        self._ends = torch.tensor(self._end_tokens, dtype=torch.int64, device=device)
-        # Scratch of _row_mask, so that a decode step allocates nothing.
-        self._differs = torch.empty(batch, len(self._end_tokens), dtype=torch.bool, device=device)
-        self._goes_on = torch.empty(batch, dtype=torch.bool, device=device)
-        self._requests += 1
-        self.reset()
-
-    def _end(self, ended: Tensor) -> None:
-        """Sequences that are over: what is fed to them from now on is not watched."""
-        assert self._alive is not None
-        self._alive.logical_and_(~ended.to(self._alive.device))
 
     @torch.inference_mode(False)
     def _allocate(self, rows: Tensor) -> None:
@@ -388,15 +357,20 @@ class EigenTrack:
         self._history = History(rows.shape[0], spectra, len(DESCRIPTORS), self.window, rows.device)
 
     def _read(self, name: str) -> Tensor:
+        self._settle()
         if self._history is None:
+            if (self._passes if self._hooks is None else self._hooks.passes) == 0:
+                raise EigenTrackError(_NO_PASS)
             raise EigenTrackError(
                 'nothing has been watched yet; with start="answer" that begins when the first generated token is fed'
             )
         return self._history.read(name)
 
-    def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
-        use_cache = kwargs.get("use_cache")
-        return bool(getattr(getattr(self.model, "config", None), "use_cache", True) if use_cache is None else use_cache)
+
+_NO_PASS = (
+    "EigenTrack saw no forward pass of its model. A model that was compiled before never calls the hooks: enter "
+    "EigenTrack before the first call of the compiled model, or call torch.compiler.reset() first"
+)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

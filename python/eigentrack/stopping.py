@@ -28,8 +28,8 @@ class StopWhen(StoppingCriteria):
         """(B,) bool on the device of `input_ids`: which sequences are over."""
         if not self.track._hooks:
             raise EigenTrackError("stop_when watches nothing here: call generate() inside the monitor's with block")
-        if self._request != self.track._requests:
-            self._request = self.track._requests
+        if self._request != self.track._request.number:
+            self._request = self.track._request.number
             self._ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         history = self.track._history
         if history is not self._history:
@@ -43,7 +43,7 @@ class StopWhen(StoppingCriteria):
                 )
             self._asked += 1
             self._ended |= _verdict(self.fn(step), step).to(self._ended.device)
-            self.track._end(self._ended)
+            self.track._request.end(self._ended)
             if self.track._history is not history:  # the function called reset()
                 break
         return self._ended.clone()
