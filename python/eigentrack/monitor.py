@@ -13,14 +13,14 @@ from eigentrack.attachment import Attachment
 from eigentrack.cache import CacheView
 from eigentrack.candidates import Candidates
 from eigentrack.clock import Clock, Overhead
-from eigentrack.errors import EigenTrackError
+from eigentrack.errors import EigenTrackError, TapError
 from eigentrack.files import Settings
 from eigentrack.history import History
 from eigentrack.passes import Pass
 from eigentrack.recording import Recording, current_versions
 from eigentrack.request import Request
 from eigentrack.step import Step, read_step
-from eigentrack.taps import find_blocks, module_names, refuse_unsupported, select_layers
+from eigentrack.taps import find_blocks, find_mlp, module_names, refuse_unsupported, select_layers
 from rmtkernels import DESCRIPTORS, SlidingWindow, spectrum_descriptors_
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
@@ -42,6 +42,7 @@ class EigenTrack:
         spectra: "per_layer" for one spectrum per layer, "joint" for one of the layers' summed Gram matrices.
         window: N, the number of activations per window, 1 to 128.
         start: "answer" watches what is generated (each token fed with a cache behind it), "prompt" every token.
+        tap: "residual" for the residual stream behind each block, "mlp" for what the block's feed-forward part adds.
         modules: modules to watch instead of blocks; each must return a (B, T, D) hidden state.
         center: subtract the window's mean activation.
         layer_scale: for joint spectra, "trace" divides each layer's Gram matrix by its own trace, "none" does not (the
@@ -67,6 +68,7 @@ class EigenTrack:
         window: int = 32,
         start: str = "answer",
         *,
+        tap: str = "residual",
         modules: Sequence[nn.Module] | None = None,
         center: bool = True,
         layer_scale: str = "trace",
@@ -75,6 +77,7 @@ class EigenTrack:
     ) -> None:
         _check_choice("spectra", spectra, ("per_layer", "joint"))
         _check_choice("start", start, ("answer", "prompt"))
+        _check_choice("tap", tap, ("residual", "mlp"))
         _check_choice("layer_scale", layer_scale, ("trace", "none"))
         if not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
             raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
@@ -82,8 +85,10 @@ class EigenTrack:
         if modules is None:
             blocks = find_blocks(model)
             self.layers = select_layers(layers, len(blocks))
-            self._taps = [blocks[index] for index in self.layers]
-            self._tap_names = [f"layer{index}" for index in self.layers]
+            self._taps = [blocks[index] if tap == "residual" else find_mlp(blocks[index]) for index in self.layers]
+            self._tap_names = [f"layer{index}" + (".mlp" if tap == "mlp" else "") for index in self.layers]
+        elif tap != "residual":
+            raise TapError("give either tap or modules: modules are watched as they are")
         else:
             self.layers = list(range(len(modules)))
             self._taps = list(modules)
@@ -110,7 +115,7 @@ class EigenTrack:
 
     @property
     def names(self) -> list[str]:
-        """Names of the F descriptors: "layer12.entropy", or "entropy" for joint spectra; modules by their own names."""
+        """Names of the F descriptors: "layer12.entropy", "layer12.mlp.entropy" for tap="mlp", "entropy" if joint."""
         if self._joint is not None:
             return list(DESCRIPTORS)
         return [f"{tap}.{name}" for tap in self._tap_names for name in DESCRIPTORS]
@@ -239,11 +244,7 @@ class EigenTrack:
         self._candidates, self._state = None, None  # the history stays, to be read
         self._request.forget()
         if kind is None and not self._passes:
-            warnings.warn(
-                _NO_PASS,
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(_NO_PASS, RuntimeWarning, stacklevel=2)
 
     # What runs inside the model's forward pass
 
@@ -300,27 +301,25 @@ class EigenTrack:
     def _snapshot(self) -> tuple[Any, ...]:
         state, history, alive = self._state, self._history, self._request.alive
         assert alive is not None
-        return (
-            history,
-            0 if history is None else history.steps,
-            None if state is None else state.state_dict(),
-            alive.clone(),
-        )
+        if state is None or history is None:
+            return None, 0, None, alive.clone()
+        return history, history.steps, state.state_dict(), alive.clone()
 
     def _restore(self, history: History | None, steps: int, state: dict[str, Tensor] | None, alive: Tensor) -> None:
+        assert self._state is not None and self._request.alive is not None
         self._history = history
-        if history is not None:
+        if history is None or state is None:
+            self._state.reset()
+        else:
             history.steps = steps
-        if state is None:
-            self._state = None
-        elif self._state is not None:
             self._state.load_state_dict(state)
-        self._request.alive.copy_(alive)  # type: ignore[union-attr]
+        self._request.alive.copy_(alive)
 
     def _tell(self) -> None:
         """Calls on_token for each step of the last pass; the rest of them is forgotten if it resets the monitor."""
         history, callback = self._history, self.on_token
-        while history is not None and history is self._history and self._told < history.steps and callback:
+        steps = 0 if history is None else history.steps  # reading in the callback may settle candidates
+        while history is not None and history is self._history and self._told < steps and callback:
             self._told += 1
             callback(read_step(history, self._told - 1))
 

@@ -8,21 +8,50 @@ from torch import nn
 
 from eigentrack.errors import TapError, UnsupportedModelError
 
+# What transformers' blocks call their feed-forward part, dense or a mixture of experts.
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
+
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer: the largest outermost `nn.ModuleList`, by parameters.
 
+    In models of several towers, of the one that transformers calls the decoder: the language model.
+
     Raises:
         TapError: if there is none.
     """
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    blocks = _largest_list(decoder) if isinstance(decoder, nn.Module) else []
+    blocks = blocks or _largest_list(model)
+    if not blocks:
+        raise TapError(f"no list of blocks in {type(model).__name__}; name the modules to watch with modules=[...]")
+    return blocks
+
+
+def find_mlp(block: nn.Module) -> nn.Module:
+    """The feed-forward part of a transformer's block, by its usual names.
+
+    Raises:
+        TapError: if it has none of them.
+    """
+    for name in _MLP_NAMES:
+        module = getattr(block, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise TapError(
+        f"{type(block).__name__} has no feed-forward part under the names {', '.join(_MLP_NAMES)}; it has "
+        f"{', '.join(name for name, _ in block.named_children()) or 'no children'}: name modules with modules=[...]"
+    )
+
+
+def _largest_list(model: nn.Module) -> list[nn.Module]:
     lists = {
         name: blocks for name, blocks in model.named_modules() if isinstance(blocks, nn.ModuleList) and len(blocks)
     }
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    if not outer:
-        raise TapError(f"no list of blocks in {type(model).__name__}; name the modules to watch with modules=[...]")
     sizes = {name: sum(parameter.numel() for parameter in lists[name].parameters()) for name in outer}
-    return list(lists[max(outer, key=lambda name: sizes[name])])
+    return list(lists[max(outer, key=lambda name: sizes[name])]) if outer else []
 
 
 def select_layers(layers: str | Sequence[int], depth: int) -> list[int]:
