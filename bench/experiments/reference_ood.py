@@ -139,7 +139,7 @@ def draw(tokenizer: Any, pool: list[str], tokens: tuple[int, int], count: int) -
 
 @torch.no_grad()
 def look(track: EigenTrack, tokenizer: Any, ids: list[list[int]], what: str) -> Seen:
-    """Teacher-forces the texts, in batches with padding on the right."""
+    """Teacher-forces the texts, in batches padded on the right. The first token of each is fed but not watched."""
     recordings, nll, embedding, hidden = [], [], [], []
     with track:
         for start in tqdm(range(0, len(ids), BATCH), desc=what, unit="batch"):
@@ -147,11 +147,17 @@ def look(track: EigenTrack, tokenizer: Any, ids: list[list[int]], what: str) -> 
             length = max(map(len, batch))
             fed = torch.tensor([row + [0] * (length - len(row)) for row in batch])
             mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
-            output = track.model(fed, attention_mask=mask, output_hidden_states=True)
+            first = track.model(fed[:, :1], attention_mask=mask[:, :1], use_cache=True)
+            track.reset()  # the first token's massive activation would rule every window that holds it
+            output = track.model(
+                fed[:, 1:], attention_mask=mask, past_key_values=first.past_key_values, output_hidden_states=True
+            )
             recordings.append(track.recording())
-            loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].mT, fed[:, 1:], reduction="none")
-            nll.append((loss * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1))
-            share = (mask / mask.sum(1, keepdim=True))[..., None]
+            logits = torch.cat([first.logits, output.logits[:, :-1]], 1)
+            kept = mask[:, 1:]
+            loss = torch.nn.functional.cross_entropy(logits.mT, fed[:, 1:], reduction="none")
+            nll.append((loss * kept).sum(1) / kept.sum(1))
+            share = (kept / kept.sum(1, keepdim=True))[..., None]
             states = output.hidden_states
             embedding.append((states[0] * share).sum(1))
             hidden.append(torch.cat([(states[layer + 1] * share).sum(1) for layer in track.layers], 1))

@@ -15,6 +15,7 @@ from eigentrack.step import Step
 
 KIND, VERSION = "eigentrack.reference", 1
 POOLED = 50  # values behind each median, at least
+FOLDS = 5
 CLIP = 5.0  # no descriptor counts for more than this many deviations
 FLOOR, SPREAD_FLOOR = 1e-3, 0.1
 QUANTILES = 1001
@@ -46,7 +47,8 @@ class Reference:
     Attributes:
         median, scale: (N, F) float32; row n - 1 belongs to windows of n activations.
         counts: (N,) int64, values behind each row.
-        quantiles: (1001,) float32 of the score over the reference itself, from its least to its highest.
+        quantiles: (1001,) float32, from least to highest, of the scores that the reference's tokens get from a
+            reference made without their fifth of the texts.
         settings: of the monitor it was made with.
 
     Source: ours. Robust z-scores as in Iglewicz and Hoaglin (1993).
@@ -69,27 +71,37 @@ class Reference:
         is mostly the same, or a constant, has a MAD of 0.
 
         Raises:
-            MismatchError: if the recordings' settings differ, or fewer than 50 tokens were watched.
+            MismatchError: if the recordings' settings differ, or there are too few tokens or texts.
         """
-        values: list[Tensor] = []
-        levels: list[Tensor] = []
+        values, levels, groups = [], [], []
         settings: Settings | None = None
+        sequences = 0
         for recording in recordings:
             settings = settings or recording.settings
             _check_settings(settings, recording.settings)
             descriptors, watched = recording.descriptors.cpu(), recording.watched.cpu()
-            rows = _rows(watched, settings.window)
             usable = watched & descriptors.isfinite().all(-1)
+            group = torch.arange(sequences, sequences + len(watched))[:, None].expand_as(watched)
+            sequences += len(watched)
             values.append(descriptors[usable])
-            levels.append(rows[usable])
-        total = sum(map(len, values))
-        if settings is None or total < POOLED:
-            raise MismatchError(f"a reference needs at least {POOLED} watched tokens, got {total}: record more text")
-        pool, level = torch.cat(values), torch.cat(levels)
-        median, scale, counts = _statistics(pool.double().numpy(), level.numpy(), settings.window)
-        made = Reference(median, scale, counts, torch.empty(0), settings)
-        scores = np.quantile(made._distance(pool, level).numpy(), np.linspace(0, 1, QUANTILES))
-        return Reference(median, scale, counts, torch.from_numpy(scores).float(), settings)
+            levels.append(_rows(watched, settings.window)[usable])
+            groups.append(group[usable] % FOLDS)
+        if settings is None:
+            raise MismatchError("a reference needs recordings of ordinary text, got none")
+        pool, level, fold = torch.cat(values), torch.cat(levels), torch.cat(groups)
+        least = len(pool) - int(fold.bincount().max()) if len(pool) else 0
+        if least < POOLED:
+            raise MismatchError(
+                f"a reference needs several texts, and {POOLED} watched tokens without any fifth of them, got {least}: "
+                "record more text"
+            )
+        nothing = torch.empty(0)
+        held_out = []
+        for one in fold.unique():
+            rest = Reference(*_statistics(pool[fold != one], level[fold != one], settings.window), nothing, settings)
+            held_out.append(rest._distance(pool[fold == one], level[fold == one]))
+        quantiles = np.quantile(torch.cat(held_out).numpy(), np.linspace(0, 1, QUANTILES))
+        return Reference(*_statistics(pool, level, settings.window), torch.from_numpy(quantiles).float(), settings)
 
     def score(self, watched: Watched | Tensor) -> Tensor:
         """(B, T) float32 on the descriptors' device; NaN where a sequence was not watched.
@@ -126,7 +138,9 @@ class Reference:
         return self._distance(step.descriptors, step.rows)
 
     def threshold(self, share: float) -> float:
-        """The score that this share of the reference's own tokens exceeds, 0 to 1: where to begin with a limit.
+        """The score that this share of ordinary tokens exceeds, 0 to 1: where to begin with a limit.
+
+        Found on the reference's own texts, each fifth of them scored by the rest; a hundred texts or more make it firm.
 
         Raises:
             MismatchError: if share is not from 0 to 1.
@@ -181,8 +195,9 @@ def _rows(watched: Tensor, window: int) -> Tensor:
     return watched.cumsum(1).clamp_(max=window)
 
 
-def _statistics(values: np.ndarray, level: np.ndarray, window: int) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(pooled: Tensor, levels: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Median and scale (N, F) and the number of values behind them (N,)."""
+    values, level = pooled.double().numpy(), levels.numpy()
     medians, scales, counts = [], [], []
     for n in range(1, window + 1):
         distance = abs(level - n)

@@ -170,7 +170,7 @@ def test_a_header_that_no_reader_would_take_is_not_written(track: EigenTrack, tm
 
 def test_files_of_others(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "x", {"format": "pt"})
-    with pytest.raises(FileFormatError, match="no eigentrack[.]recording file: its format is pt"):
+    with pytest.raises(FileFormatError, match=r"no eigentrack\.recording file: its format is pt"):
         eigentrack.load(tmp_path / "x")
     save_file({"weight": torch.zeros(3)}, tmp_path / "y")
     with pytest.raises(FileFormatError, match="not named"):

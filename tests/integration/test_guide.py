@@ -1,0 +1,100 @@
+"""The guide's snippets run as they are printed, one after the other; so does the example."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+import eigentrack
+from tests.integration.test_monitor import hooks_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Tokenizer:
+    """Each word is a token, known by its length."""
+
+    def __call__(self, text: str, return_tensors: str) -> BatchEncoding:
+        ids = torch.tensor([[3 + (7 * len(word) + i) % 60 for i, word in enumerate(text.split())]])
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        return "".join(f"<{int(token)}>" for token in ids)
+
+
+@pytest.fixture
+def endless(llama: Any) -> Any:
+    """Ends no answer early, and samples."""
+    llama.generation_config.eos_token_id = None
+    llama.config.eos_token_id = None
+    return llama
+
+
+def test_the_snippets_of_the_guide(
+    endless: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    snippets = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs/eigentrack.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(snippets) == 7
+    tokenizer = Tokenizer()
+    names: dict[str, Any] = {
+        "torch": torch,
+        "model": endless,
+        "tokenizer": tokenizer,
+        "inputs": tokenizer("What is the capital of France ?", "pt"),
+        "text": "One two three, four; five: six seven and eight.",
+        "ordinary_questions": [f"How far is it from here to {'x' * length} ?" for length in range(8)],
+    }
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"docs/eigentrack.md, snippet {number}", "exec"), names)
+        assert hooks_of(endless) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["0", "1", "2", "3"], "one line for each watched step"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.safetensors", "reference.safetensors"]
+    assert isinstance(names["recording"], eigentrack.Recording) and names["recording"].window == 32
+    assert names["track"].tokens.tolist() == names["ids"][:, 1:].tolist()
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_lowers_the_temperature_where_the_gate_fires(
+    endless: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load_example("lower_temperature")
+    monkeypatch.setattr(example, "load_causal_lm", lambda name: (endless, Tokenizer()))
+    reference = tmp_path / "reference.safetensors"
+    arguments = ["--model", "tiny", "--max-new-tokens", "24", "--window", "8", "--reference", str(reference)]
+    example.main([*arguments, "--share", "1"])
+    every = capsys.readouterr().out
+    assert (
+        every.startswith("reference: 6 answers") and len(re.findall(r"^ *\d\.\d\d cooled", every, re.MULTILINE)) >= 21
+    )
+    example.main([*arguments, "--share", "0.5"])
+    half = capsys.readouterr().out
+    assert half.startswith(" "), "the reference was read, not made"
+    fired, steps = map(int, re.search(r"fired at (\d+) of (\d+) tokens", half).groups())  # type: ignore[union-attr]
+    assert 0 < fired < steps == 23
+    assert len(re.findall(r"^ *\d\.\d\d cooled", half, re.MULTILINE)) == fired
+
+
+def test_the_example_s_processor_touches_only_the_sequences_that_fired() -> None:
+    lower = load_example("lower_temperature").LowerTemperature(lambda step: step.watched, 0.5)
+    scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert torch.equal(lower(None, scores), scores), "nothing has been watched yet"
+    lower.watch(eigentrack.Step(0, torch.zeros(2), torch.zeros(2, 1), torch.tensor([False, True]), torch.ones(2)))
+    assert torch.equal(lower(None, scores), torch.tensor([[1.0, 2.0], [6.0, 8.0]]))
+    assert torch.equal(lower(None, scores), scores), "the same step is not used twice"
