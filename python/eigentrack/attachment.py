@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eigentrack.cache import CacheView, cache_of, look, read_length
-from eigentrack.compiled import ANCHOR, enlist
+from eigentrack.compiled import enlist
 from eigentrack.errors import EigenTrackError, TapError
 from eigentrack.passes import Pass
 from eigentrack.taps import hidden_state
@@ -52,7 +52,7 @@ class Attachment:
         self._missing = 0
         self._runner = 0  # the thread that runs the pass
         self._traced: dict[int, Tensor] = {}  # outputs of the taps while torch.compile traces
-        self._handle = enlist(self)
+        self._anchor = enlist(self)
         self._owner = threading.get_ident()
         with _lock:
             self._others = _threads.setdefault(model, Counter())
@@ -92,7 +92,7 @@ class Attachment:
             if traced:
                 self._traced.clear()
                 torch.ops.eigentrack.begin_pass_(
-                    ANCHOR, self._handle, fed, ids is not None, mask, keys, length, on_device, candidates, cached
+                    self._anchor, fed, ids is not None, mask, keys, length, on_device, candidates, cached
                 )
             else:
                 self.begin(
@@ -132,7 +132,7 @@ class Attachment:
                 cache = self._arguments(args, kwargs).get("past_key_values")
             keys, _, _ = look(cache)
             if traced:
-                torch.ops.eigentrack.end_pass_(ANCHOR, self._handle, keys)
+                torch.ops.eigentrack.end_pass_(self._anchor, keys)
             else:
                 self.end(CacheView(cache, keys), entered)
 
@@ -147,7 +147,7 @@ class Attachment:
             raise _ran_twice(self._names[position])
         self._traced[position] = rows
         if len(self._traced) == len(self._names):
-            torch.ops.eigentrack.take_rows_(ANCHOR, self._handle, [self._traced[i] for i in range(len(self._names))])
+            torch.ops.eigentrack.take_rows_(self._anchor, [self._traced[i] for i in range(len(self._names))])
             self._traced.clear()
 
     # The same for hooks and for compiled graphs

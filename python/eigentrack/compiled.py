@@ -30,45 +30,47 @@ class Watcher(Protocol):
 _watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
-with torch.inference_mode(False):
-    ANCHOR = torch.zeros(1)  # said to be written to, so that a graph keeps the calls, and keeps them in order
-
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _LIBRARY = torch.library.Library("eigentrack", "DEF")
 _LIBRARY.define(
-    "begin_pass_(Tensor(a!) anchor, int handle, Tensor? fed, bool has_ids, Tensor? mask, Tensor? keys, SymInt length, "
+    "begin_pass_(Tensor(a!) anchor, Tensor? fed, bool has_ids, Tensor? mask, Tensor? keys, SymInt length, "
     "Tensor? on_device, SymInt candidates, bool cached) -> ()",
     tags=_TAGS,
 )
-_LIBRARY.define("take_rows_(Tensor(a!) anchor, int handle, Tensor[] rows) -> ()", tags=_TAGS)
-_LIBRARY.define("end_pass_(Tensor(a!) anchor, int handle, Tensor? keys) -> ()", tags=_TAGS)
+_LIBRARY.define("take_rows_(Tensor(a!) anchor, Tensor[] rows) -> ()", tags=_TAGS)
+_LIBRARY.define("end_pass_(Tensor(a!) anchor, Tensor? keys) -> ()", tags=_TAGS)
 
 
-def enlist(watcher: Watcher) -> int:
-    """A number under which compiled graphs find the watcher as long as it lives."""
+@torch.inference_mode(False)
+def enlist(watcher: Watcher) -> Tensor:
+    """The tensor by which compiled graphs find the watcher as long as it lives: it holds a number.
+
+    The operators are said to write to it, so that a graph keeps them, and in order. A tensor's value is not compiled
+    into a graph, so that other monitors can use the graph too.
+    """
     number = next(_numbers)
     _watchers[number] = watcher
-    return number
+    return torch.tensor(number)
 
 
 @torch.library.impl("eigentrack::begin_pass_", "CompositeExplicitAutograd")
-def _begin_pass(anchor: Tensor, handle: int, *given: Any) -> None:
-    watcher = _watchers.get(handle)
+def _begin_pass(anchor: Tensor, *given: Any) -> None:
+    watcher = _watchers.get(int(anchor))
     if watcher is not None:
         entered = time.perf_counter_ns()
         watcher.begin(Pass(None, *given), entered)
 
 
 @torch.library.impl("eigentrack::take_rows_", "CompositeExplicitAutograd")
-def _take_rows(anchor: Tensor, handle: int, rows: list[Tensor]) -> None:
-    watcher = _watchers.get(handle)
+def _take_rows(anchor: Tensor, rows: list[Tensor]) -> None:
+    watcher = _watchers.get(int(anchor))
     if watcher is not None:
         watcher.deliver(rows)
 
 
 @torch.library.impl("eigentrack::end_pass_", "CompositeExplicitAutograd")
-def _end_pass(anchor: Tensor, handle: int, keys: Tensor | None) -> None:
-    watcher = _watchers.get(handle)
+def _end_pass(anchor: Tensor, keys: Tensor | None) -> None:
+    watcher = _watchers.get(int(anchor))
     if watcher is not None:
         watcher.end(CacheView(None, keys), time.perf_counter_ns())
 

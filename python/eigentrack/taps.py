@@ -1,5 +1,6 @@
 """Which modules are watched: the transformer's blocks, found by structure, or modules named by the user."""
 
+import gc
 import inspect
 from collections.abc import Sequence
 
@@ -107,19 +108,34 @@ def refuse_unsupported(model: nn.Module, needs_cache: bool) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; EigenTrack watches decoder-only models"
         )
-    compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or getattr(model, "_compiled_call", None)
-    if compiled or any(_is_compiled(module) for module in model.modules()):
+    if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedModelError(
-            "the model is compiled already, and a compiled model never calls hooks attached later: "
-            "enter EigenTrack with the plain model first, or leave torch.compile out"
+            "the model is compiled already: give EigenTrack the plain model, enter it, and call the compiled one inside"
         )
-    parameters = inspect.signature(model.forward).parameters
-    if needs_cache and "past_key_values" not in parameters:
+    if torch._dynamo.config.skip_nnmodule_hook_guards and _is_compiled(model):
+        raise UnsupportedModelError(
+            "the model is compiled already, and a compiled model never calls hooks attached later: enter EigenTrack "
+            "before the model is compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before it is, "
+            "or leave torch.compile out"
+        )
+    if needs_cache and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes no past_key_values, so its answer cannot be told from its prompt: "
             'use start="prompt"'
         )
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether there is a compiled form of the model or of a part of it, in it or around it."""
+    if getattr(model, "_compiled_call", None):  # generate()'s own
+        return True
+    if any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    ):
+        return True
+    # `compiled = torch.compile(model)` leaves no mark on the model. Looking who holds it takes a tenth of a second, so
+    # only if something has been compiled and run.
+    return bool(torch._dynamo.utils.counters["stats"]) and any(
+        isinstance(holder, dict) and holder.get("_orig_mod") is model for holder in gc.get_referrers(model)
+    )

@@ -12,13 +12,13 @@ from eigentrack.loading import demo_model, load_causal_lm
 VOCABULARY, DEPTH, WIDTH = 64, 6, 32
 
 
-def tiny_llama(**changes: Any) -> Any:
+def tiny_llama(depth: int = DEPTH, **changes: Any) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=64,
-        num_hidden_layers=DEPTH,
+        num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=0,
