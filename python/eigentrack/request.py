@@ -73,11 +73,17 @@ class Request:
 
         Raises:
             UnsupportedModelError: if the answer was to be watched and the model keeps no cache.
+            UnsupportedGenerationError: if candidates were fed in a compiled graph.
         """
         if view.cache is None and view.keys is None and not self._prompt_too:
             raise UnsupportedModelError(
                 "the model returned no key-value cache, as encoders do, so its answer cannot be told from its prompt: "
                 'use start="prompt"'
+            )
+        if self.candidates and view.cache is None and view.keys is not None:
+            raise UnsupportedGenerationError(
+                "assisted decoding of a compiled model cannot be followed: its graph does not show the cache that "
+                "rejected tokens are taken from; generate without an assistant, or without torch.compile"
             )
         self._thread.remember(view)
 
