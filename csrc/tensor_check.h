@@ -82,22 +82,23 @@ struct SpectrumShape {
 };
 
 inline SpectrumShape check_spectrum_descriptors(const Tensor& descriptors, const Tensor& eigenvalues,
-                                                const Tensor& gram, const Tensor& seen, const Tensor& mp_median,
-                                                int64_t dim, int64_t joint) {
+                                                const Tensor& gram, const Tensor& seen, const Tensor& laws, int64_t dim,
+                                                int64_t joint, int64_t noise) {
   STD_TORCH_CHECK(gram.dim() == 4 && gram.is_contiguous() && gram.scalar_type() == ScalarType::Float &&
                       gram.size(2) == gram.size(3),
                   "spectrum_descriptors_: gram must be contiguous float32 (L, B, N, N)");
   const int64_t L = gram.size(0), B = gram.size(1), N = gram.size(2);
   STD_TORCH_CHECK(N >= 1 && N <= kMaxWindow, "spectrum_descriptors_: window must be 1 to ", kMaxWindow, ", got ", N);
-  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxSize && joint >= kPerLayer && joint <= kJointTrace,
-                  "spectrum_descriptors_: dim must be 1 to 2^40, joint 0, 1 or 2");
+  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxSize && joint >= kPerLayer && joint <= kJointTrace && noise >= kNoiseMedian &&
+                      noise <= kNoiseTrace,
+                  "spectrum_descriptors_: dim must be 1 to 2^40, joint 0, 1 or 2, noise 0 or 1");
   STD_TORCH_CHECK(L <= (int64_t(1) << 20) && (joint == kPerLayer || L > 0),
                   "spectrum_descriptors_: a joint spectrum needs a layer");
   STD_TORCH_CHECK(seen.dim() == 1 && seen.scalar_type() == ScalarType::Long && seen.size(0) == B,
                   "spectrum_descriptors_: seen must be int64 (B,)");
-  STD_TORCH_CHECK(mp_median.dim() == 1 && mp_median.is_contiguous() && mp_median.scalar_type() == ScalarType::Double &&
-                      mp_median.size(0) == N + 1,
-                  "spectrum_descriptors_: mp_median must be contiguous float64 (N + 1,)");
+  STD_TORCH_CHECK(laws.dim() == 1 && laws.is_contiguous() && laws.scalar_type() == ScalarType::Double &&
+                      laws.size(0) == law_table_size(N),
+                  "spectrum_descriptors_: laws must be contiguous float64 (", law_table_size(N), ",)");
   const int64_t spectra = joint == kPerLayer ? L : 1;
   const auto check_out = [&](const Tensor& out, int64_t last, const char* name) {
     STD_TORCH_CHECK(out.dim() == 3 && out.scalar_type() == ScalarType::Float && out.size(0) == spectra &&

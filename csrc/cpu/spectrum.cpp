@@ -33,13 +33,13 @@ Tensor spectrum_eigvalsh(Tensor matrices) {
   return values;
 }
 
-void spectrum_descriptors_(Tensor descriptors, Tensor eigenvalues, Tensor gram, Tensor seen, Tensor mp_median,
-                           int64_t dim, bool center, int64_t joint) {
-  const SpectrumShape shape = check_spectrum_descriptors(descriptors, eigenvalues, gram, seen, mp_median, dim, joint);
+void spectrum_descriptors_(Tensor descriptors, Tensor eigenvalues, Tensor gram, Tensor seen, Tensor laws, int64_t dim,
+                           bool center, int64_t joint, bool normalize, int64_t noise) {
+  const SpectrumShape shape = check_spectrum_descriptors(descriptors, eigenvalues, gram, seen, laws, dim, joint, noise);
   DescriptorArgs args;
   args.gram = static_cast<const float*>(gram.const_data_ptr());
   args.seen = static_cast<const int64_t*>(seen.const_data_ptr());
-  args.mp_median = static_cast<const double*>(mp_median.const_data_ptr());
+  args.laws = static_cast<const double*>(laws.const_data_ptr());
   args.descriptors = static_cast<float*>(descriptors.mutable_data_ptr());
   args.eigenvalues = static_cast<float*>(eigenvalues.mutable_data_ptr());
   args.seen_stride = seen.stride(0);
@@ -50,7 +50,9 @@ void spectrum_descriptors_(Tensor descriptors, Tensor eigenvalues, Tensor gram, 
   args.window = shape.window;
   args.dim = dim;
   args.joint = int(joint);
+  args.noise = int(noise);
   args.center = center;
+  args.normalize = normalize;
   const int64_t problems = joint == kPerLayer ? shape.layers * shape.batch : shape.batch;
   torch::stable::parallel_for(0, problems, grain(shape.window),
                               [&](int64_t begin, int64_t end) { kernels().descriptors(args, begin, end); });

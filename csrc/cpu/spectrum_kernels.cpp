@@ -330,21 +330,56 @@ void add_grams(double* a, const float* const* gram, const double* weight, int co
   }
 }
 
-// Trace of the block, centred or not. Centring subtracts the mean row of the window: tr(J G J) = tr G - sum(G) / rows.
-// What centring leaves of equal rows is the rounding of G: below the resolution it is taken for the zero it stands for.
-double gram_trace(const float* gram, int rows, int window, bool center) {
-  double trace = 0, sum = 0;
+// The same for one Gram matrix whose rows of activations are divided by their norms: G_ij / sqrt(G_ii G_jj).
+void add_normalised_gram(double* a, const float* gram, const double* inverse_norm, double weight, int rows,
+                         int window) {
+  const int ld = round_up4(rows);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < rows; ++j)
+      a[i * ld + j] += weight * inverse_norm[i] * inverse_norm[j] * double(gram[i * window + j]);
+}
+
+// Trace of the block and sum of all its entries.
+struct Sums {
+  double trace = 0, total = 0;
+};
+
+Sums gram_sums(const float* gram, int rows, int window) {
+  Sums s;
   for (int i = 0; i < rows; ++i) {
-    trace += double(gram[i * window + i]);
+    s.trace += double(gram[i * window + i]);
     f64x4 part = splat(0);
     int j = 0;
     for (; j + 8 <= rows; j += 8) part += fold(load8(gram + i * window + j));
-    sum += lane_sum(part);
-    for (; j < rows; ++j) sum += double(gram[i * window + j]);
+    s.total += lane_sum(part);
+    for (; j < rows; ++j) s.total += double(gram[i * window + j]);
   }
-  if (!std::isfinite(sum)) return NAN;  // what is not finite must reach the solver
-  const double centred = center && rows > 0 ? trace - sum / rows : trace;
-  return centred <= (center ? kResolution * trace : 0.0) ? 0.0 : centred;
+  return s;
+}
+
+Sums normalised_sums(const float* gram, const double* inverse_norm, int rows, int window) {
+  Sums s;
+  for (int i = 0; i < rows; ++i) {
+    s.trace += inverse_norm[i] * inverse_norm[i] * double(gram[i * window + i]);
+    for (int j = 0; j < rows; ++j) s.total += inverse_norm[i] * inverse_norm[j] * double(gram[i * window + j]);
+  }
+  return s;
+}
+
+// Inverse norms of the rows, times sqrt(dim): their mean square becomes 1. A zero row stays one.
+void inverse_norms(double* inverse_norm, const float* gram, int rows, int window, int64_t dim) {
+  for (int i = 0; i < rows; ++i) {
+    const double square = double(gram[i * window + i]);
+    inverse_norm[i] = square > 0 || square != square ? std::sqrt(double(dim) / square) : 0.0;
+  }
+}
+
+// Trace of the block, centred or not. Centring subtracts the mean row of the window: tr(J G J) = tr G - sum(G) / rows.
+// What centring leaves of equal rows is the rounding of G: below the resolution it is taken for the zero it stands for.
+double centred_trace(const Sums& sums, int rows, bool center) {
+  if (!std::isfinite(sums.total)) return NAN;  // what is not finite must reach the solver
+  const double centred = center && rows > 0 ? sums.trace - sums.total / rows : sums.trace;
+  return centred <= (center ? kResolution * sums.trace : 0.0) ? 0.0 : centred;
 }
 
 // G -> J G J with J = I - 11'/rows: the Gram matrix of the rows less their mean, at a cost of rows^2.
@@ -371,16 +406,20 @@ double log_trace(double trace, double dim) {
 double load_window(const DescriptorArgs& args, double* a, int64_t problem, int rows) {
   const int window = int(args.window);
   const int64_t size = args.window * args.window;
-  const auto gram = [&](int64_t layer) { return args.gram + (layer * args.batch + problem % args.batch) * size; };
   const bool scaled = args.joint == kJointTrace;
-  double log_sum = 0, trace_sum = 0, weights[kTogether];
+  double log_sum = 0, trace_sum = 0, weights[kTogether], inverse_norm[kMaxWindow];
   const float* grams[kTogether];
   int count = 0;
   const int64_t first = args.joint == kPerLayer ? problem / args.batch : 0;
   const int64_t last = args.joint == kPerLayer ? first + 1 : args.layers;
   for (int64_t layer = first; layer < last; ++layer) {
-    const double trace = gram_trace(gram(layer), rows, window, args.center);
-    if (trace != 0) grams[count] = gram(layer), weights[count++] = scaled ? 1 / trace : 1.0;
+    const float* gram = args.gram + (layer * args.batch + problem % args.batch) * size;
+    if (args.normalize) inverse_norms(inverse_norm, gram, rows, window, args.dim);
+    const Sums sums =
+        args.normalize ? normalised_sums(gram, inverse_norm, rows, window) : gram_sums(gram, rows, window);
+    const double trace = centred_trace(sums, rows, args.center), weight = scaled ? 1 / trace : 1.0;
+    if (trace != 0 && args.normalize) add_normalised_gram(a, gram, inverse_norm, weight, rows, window);
+    if (trace != 0 && !args.normalize) grams[count] = gram, weights[count++] = weight;
     if (count == kTogether || layer + 1 == last) add_grams(a, grams, weights, count, rows, window), count = 0;
     trace_sum += trace;
     log_sum += log_trace(trace, double(args.dim));
@@ -388,6 +427,16 @@ double load_window(const DescriptorArgs& args, double* a, int64_t problem, int r
   if (args.center) center_gram(a, rows);
   const double layers = double(last - first);
   return args.joint == kJointTrace ? log_sum / layers : log_trace(trace_sum, double(args.dim) * layers);
+}
+
+// Overlap of the window's covariance with that of its rows but the newest.
+double overlap_without_newest(const double* a, int64_t seen, int rows, bool center, int64_t window) {
+  if (rows < 2) return 0.0;
+  const int ld = round_up4(rows), newest = int((seen - 1) % window);
+  f64x4 squares = splat(0), column = splat(0);
+  for (int i = 0; i < rows * ld; i += 4) squares = fma(load4(a + i), load4(a + i), squares);
+  for (int j = 0; j < ld; j += 4) column = fma(load4(a + newest * ld + j), load4(a + newest * ld + j), column);
+  return covariance_overlap(lane_sum(squares), lane_sum(column), a[newest * (ld + 1)], rows, center);
 }
 
 int rows_of(const DescriptorArgs& args, int64_t problem) {
@@ -406,8 +455,12 @@ void descriptors(const DescriptorArgs& args, int64_t begin, int64_t end) {
     int count = 1;  // windows still filling up are solved apart: lanes share one size
     while (count < 8 && first + count < end && rows_of(args, first + count) == rows) ++count;
     const int64_t dim = args.joint == kPerLayer ? args.dim : args.dim * args.layers;
-    double logs[8];
-    const auto load = [&](double* a, int64_t problem) { logs[problem - first] = load_window(args, a, problem, rows); };
+    double logs[8], overlaps[8];
+    const auto load = [&](double* a, int64_t problem) {
+      logs[problem - first] = load_window(args, a, problem, rows);
+      const int64_t seen = args.seen[problem % args.batch * args.seen_stride];
+      overlaps[problem - first] = overlap_without_newest(a, seen, rows, args.center, args.window);
+    };
     const auto save = [&](int64_t problem, const double* values, double scale) {
       const int64_t layer = problem / args.batch, sequence = problem % args.batch;
       float* eigenvalues =
@@ -419,8 +472,10 @@ void descriptors(const DescriptorArgs& args, int64_t begin, int64_t end) {
         lambda[i] = value < 0 ? 0.0 : value;
       }
       for (int i = 0; i < args.window; ++i) eigenvalues[i] = i < n ? float(lambda[i]) : 0.0f;
-      spectral_descriptors(lambda, n, dim, args.mp_median[n], logs[problem - first], out);
-      if (scale != scale)
+      if (scale == scale)
+        spectral_descriptors(lambda, n, dim, args.window, args.noise, args.laws, logs[problem - first],
+                             overlaps[problem - first], out);
+      else
         for (int i = 0; i < kDescriptors; ++i) out[i] = NAN;
     };
     solve(first, count, rows, kFloatTolerance, load, save);

@@ -14,6 +14,7 @@ namespace py = pybind11;
 namespace {
 
 using Eigenvalues = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Table = Eigenvalues;
 
 // Checked once for all: what the kernels guarantee by construction.
 int checked_size(const Eigenvalues& lambda, int64_t dim) {
@@ -27,15 +28,26 @@ int checked_size(const Eigenvalues& lambda, int64_t dim) {
   return int(lambda.size());
 }
 
-py::array_t<float> spectral_descriptors(const Eigenvalues& lambda, int64_t dim, double mp_median, double log_trace) {
+// The table of laws for `window` and `dim`, as rmtkernels/ops/law_table.py makes it.
+const double* checked_table(const Table& table, int64_t window, int n) {
+  if (window < n || window > rmtkernels::kMaxWindow || table.ndim() != 1 ||
+      table.size() != rmtkernels::law_table_size(window))
+    throw std::invalid_argument("table must be the law table of a window of at least as many eigenvalues");
+  return table.data();
+}
+
+py::array_t<float> spectral_descriptors(const Eigenvalues& lambda, int64_t dim, int64_t window, const Table& table,
+                                        int noise, double log_trace, double overlap) {
   const int n = checked_size(lambda, dim);
+  const double* laws = checked_table(table, window, n);
   py::array_t<float> out(rmtkernels::kDescriptors);
-  rmtkernels::spectral_descriptors(lambda.data(), n, dim, mp_median, log_trace, out.mutable_data());
+  rmtkernels::spectral_descriptors(lambda.data(), n, dim, window, noise, laws, log_trace, overlap, out.mutable_data());
   return out;
 }
 
-double noise_variance(const Eigenvalues& lambda, int64_t dim, double mp_median) {
-  return rmtkernels::noise_variance(lambda.data(), checked_size(lambda, dim), dim, mp_median);
+double tracy_widom_log_survival(double s, const Table& table) {
+  if (table.size() < rmtkernels::kTracyWidomPoints) throw std::invalid_argument("table must be a law table");
+  return rmtkernels::tracy_widom_log_survival(table.data(), s);
 }
 
 py::dict build_report() {
@@ -51,10 +63,11 @@ py::dict build_report() {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Numerics shared by the CPU and CUDA kernels, on NumPy arrays.";
-  m.def("spectral_descriptors", &spectral_descriptors, py::arg("eigenvalues"), py::arg("dim"), py::arg("mp_median"),
-        py::arg("log_trace"), "Descriptors of eigenvalues in descending order; see rmtkernels.spectrum_descriptors.");
-  m.def("noise_variance", &noise_variance, py::arg("eigenvalues"), py::arg("dim"), py::arg("mp_median"),
-        "Median of the eigenvalues that are not structurally zero over that of the Marchenko-Pastur law.");
+  m.def("spectral_descriptors", &spectral_descriptors, py::arg("eigenvalues"), py::arg("dim"), py::arg("window"),
+        py::arg("table"), py::arg("noise"), py::arg("log_trace"), py::arg("overlap"),
+        "Descriptors of eigenvalues in descending order; see rmtkernels.spectrum_descriptors.");
+  m.def("tracy_widom_log_survival", &tracy_widom_log_survival, py::arg("s"), py::arg("table"),
+        "ln P(TW_1 > s) from a law table.");
   m.def("upper_edge", &rmtkernels::upper_edge, py::arg("variance"), py::arg("n"), py::arg("dim"),
         "Upper edge of the Marchenko-Pastur bulk of n eigenvalues of rows of width dim.");
   m.def("build_report", &build_report, "What this library was compiled with.");

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Settings:
         names: of the F descriptors, as `EigenTrack.names`.
         taps: of the watched modules: "layer2", or their qualified names.
         layers: indices of the watched blocks, or 0, 1, ... for modules named by the user.
-        window, spectra, start, center, layer_scale, end_tokens: as given to EigenTrack.
+        window, spectra, start, normalize, center, noise, layer_scale, end_tokens: as given to EigenTrack.
     """
 
     model: str
@@ -35,7 +35,9 @@ class Settings:
     window: int
     spectra: str
     start: str
+    normalize: str | None
     center: bool
+    noise: str
     layer_scale: str
     end_tokens: tuple[int, ...]
 
@@ -115,7 +117,10 @@ def settings_of(fields: object, path: str | Path) -> Settings:
     for name, kind in wanted.items():
         inner = {tuple[str, ...]: str, tuple[int, ...]: int}.get(kind)
         value = values[name]
-        right = type(value) is kind if inner is None else type(value) is tuple and all(type(v) is inner for v in value)
+        if inner is None:
+            right = type(value) in (get_args(kind) or (kind,))  # str | None has two
+        else:
+            right = type(value) is tuple and all(type(v) is inner for v in value)
         if not right:
             raise FileFormatError(f"{path} has {value!r:.60} for {name}: record anew")
     return Settings(**values)  # type: ignore[arg-type]

@@ -44,7 +44,9 @@ class EigenTrack:
         start: "answer" watches what is generated (each token fed with a cache behind it), "prompt" every token.
         tap: "residual" for the residual stream behind each block, "mlp" for what the block's feed-forward part adds.
         modules: modules to watch instead of blocks; each must return a (B, T, D) hidden state.
+        normalize: "rms" divides each activation by its root mean square first, None leaves it as it is.
         center: subtract the window's mean activation.
+        noise: the noise variance: "median" eigenvalue over the law's median, or "trace" for the mean eigenvalue.
         layer_scale: for joint spectra, "trace" divides each layer's Gram matrix by its own trace, "none" does not (the
             paper's concatenation, which sees the loudest layer only).
         end_tokens: tokens that end a sequence or pad it; by default those of the model's generation config. Name them
@@ -70,7 +72,9 @@ class EigenTrack:
         *,
         tap: str = "residual",
         modules: Sequence[nn.Module] | None = None,
+        normalize: str | None = None,
         center: bool = True,
+        noise: str = "median",
         layer_scale: str = "trace",
         end_tokens: Sequence[int] | None = None,
         on_token: Callable[[Step], object] | None = None,
@@ -78,6 +82,8 @@ class EigenTrack:
         _check_choice("spectra", spectra, ("per_layer", "joint"))
         _check_choice("start", start, ("answer", "prompt"))
         _check_choice("tap", tap, ("residual", "mlp"))
+        _check_choice("normalize", normalize, (None, "rms"))
+        _check_choice("noise", noise, ("median", "trace"))
         _check_choice("layer_scale", layer_scale, ("trace", "none"))
         if not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
             raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
@@ -95,7 +101,9 @@ class EigenTrack:
             self._tap_names = module_names(model, self._taps)
         self.spectra = spectra
         self.window = window
+        self.normalize = normalize
         self.center = center
+        self.noise = noise
         self.on_token = on_token
         self.start = start
         self.layer_scale = layer_scale
@@ -168,7 +176,9 @@ class EigenTrack:
             window=self.window,
             spectra=self.spectra,
             start=self.start,
+            normalize=self.normalize,
             center=self.center,
+            noise=self.noise,
             layer_scale=self.layer_scale,
             end_tokens=tuple(self._end_tokens),
         )
@@ -339,6 +349,8 @@ class EigenTrack:
             rows[0].shape[2],
             center=self.center,
             joint=self._joint,
+            normalize=self.normalize,
+            noise=self.noise,
         )
         torch.ge(state.seen[:, 2], 0, out=history.watched[step])
         history.tokens[step] = -1 if tokens is None else tokens[:, 0]
@@ -372,7 +384,7 @@ _NO_PASS = (
 )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
         raise EigenTrackError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

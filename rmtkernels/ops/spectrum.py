@@ -1,35 +1,45 @@
 """spectrum: eigenvalues of many small symmetric matrices, and the descriptors made of them."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from rmtkernels import laws
 from rmtkernels._library import define
 from rmtkernels.dispatch import select
 from rmtkernels.errors import DeviceError, DtypeError, ShapeError
+from rmtkernels.ops.law_table import law_table, law_table_size
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 from rmtkernels.reference import spectrum as reference
 
 # The order of csrc/include/rmtkernels/spectrum.h; formulas in docs/conventions.md.
 DESCRIPTORS = (
     *(f"share_{i}" for i in range(1, 6)),
+    "share_top5",
     *(f"ratio_{i}" for i in range(1, 5)),
     "log_trace",
     "entropy",
     "participation",
+    "variance",
+    "skewness",
+    "log_median",
+    "early_enrichment",
+    "mp_kl",
+    "mp_wasserstein",
+    "tracy_widom",
+    "tracy_widom_log_survival",
+    "overlap",
     "above_edge",
 )
 _tables: dict[tuple[int, int, torch.device], Tensor] = {}
 _JOINT = {None: 0, "none": 1, "trace": 2}
+_NOISE = {"median": 0, "trace": 1}
+_NORMALIZE = {None: False, "rms": True}
 
 define("spectrum_eigvalsh(Tensor matrices) -> Tensor")
 define(
     "spectrum_descriptors_(Tensor(a!) descriptors, Tensor(b!) eigenvalues, Tensor gram, Tensor seen, "
-    "Tensor mp_median, int dim, bool center, int joint) -> ()"
+    "Tensor laws, int dim, bool center, int joint, bool normalize, int noise) -> ()"
 )
-define("spectrum_medians(Tensor like, int window, int dim) -> Tensor")
+define("spectrum_laws(Tensor like, int window, int dim) -> Tensor")
 _DESCRIPTORS_OP = torch.ops.rmtkernels.spectrum_descriptors_.default  # looked up once: this runs at every token
 
 
@@ -44,19 +54,21 @@ def _spectrum_descriptors_fake(
     eigenvalues: Tensor,
     gram: Tensor,
     seen: Tensor,
-    mp_median: Tensor,
+    laws: Tensor,
     dim: int,
     center: bool,
     joint: int,
+    normalize: bool,
+    noise: int,
 ) -> None:
-    for tensor in (descriptors, eigenvalues, seen, mp_median):  # one without data brings the whole call here
+    for tensor in (descriptors, eigenvalues, seen, laws):  # one without data brings the whole call here
         if tensor.device != gram.device:
             raise DeviceError(f"all tensors must be on the Gram matrices' device {gram.device}, got {tensor.device}")
 
 
-@torch.library.register_fake("rmtkernels::spectrum_medians")
-def _spectrum_medians_fake(like: Tensor, window: int, dim: int) -> Tensor:
-    return like.new_empty(window + 1, dtype=torch.float64)
+@torch.library.register_fake("rmtkernels::spectrum_laws")
+def _spectrum_laws_fake(like: Tensor, window: int, dim: int) -> Tensor:
+    return like.new_empty(law_table_size(window), dtype=torch.float64)
 
 
 def spectrum_eigvalsh(matrices: Tensor, *, backend: str | None = None) -> Tensor:
@@ -94,6 +106,8 @@ def spectrum_descriptors(
     *,
     center: bool = True,
     joint: str | None = None,
+    normalize: str | None = None,
+    noise: str = "median",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues and spectral descriptors of the windows behind Gram matrices, in one call.
@@ -102,11 +116,14 @@ def spectrum_descriptors(
 
     Args:
         gram: (L, B, N, N) float32: Gram matrices of L layers and B sequences, N <= 128, as `window_push_` leaves them.
-        seen: (B,) int64: rows pushed so far; the first min(seen, N) slots are in use.
+        seen: (B,) int64: rows pushed so far; the first min(seen, N) slots are in use, (seen - 1) mod N is the newest.
         dim: width D of a row of one layer.
         center: subtract the mean row of the window first (on the Gram matrix, in float64).
         joint: None for one spectrum per layer; "trace" or "none" for one spectrum per sequence from the sum of its
             layers' Gram matrices, each divided by its own trace or as it is (the concatenated activations, width L D).
+        normalize: "rms" divides every row of activations by its root mean square first (on the Gram matrix, before
+            centring), None leaves them as they are.
+        noise: noise variance: "median", the median eigenvalue over the law's median, or "trace", the mean eigenvalue.
         backend: "cpu" or "reference" instead of the automatic choice.
 
     Returns:
@@ -124,7 +141,16 @@ def spectrum_descriptors(
     descriptors = gram.new_empty(spectra, batch, len(DESCRIPTORS))
     eigenvalues = gram.new_empty(spectra, batch, window)
     spectrum_descriptors_(
-        descriptors, eigenvalues, gram.contiguous(), seen, dim, center=center, joint=joint, backend=backend
+        descriptors,
+        eigenvalues,
+        gram.contiguous(),
+        seen,
+        dim,
+        center=center,
+        joint=joint,
+        normalize=normalize,
+        noise=noise,
+        backend=backend,
     )
     return descriptors, eigenvalues
 
@@ -138,6 +164,8 @@ def spectrum_descriptors_(
     *,
     center: bool = True,
     joint: str | None = None,
+    normalize: str | None = None,
+    noise: str = "median",
     backend: str | None = None,
 ) -> None:
     """`spectrum_descriptors` into the caller's buffers (float32, unit last stride). Allocates nothing.
@@ -145,30 +173,34 @@ def spectrum_descriptors_(
     `gram` must be contiguous.
     """
     if select("spectrum_descriptors_", gram.device, backend) == "reference":
-        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
-        values = reference.spectrum_descriptors_ref(gram.detach().cpu(), seen.cpu(), dim, center=center, joint=joint)
+        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint, normalize, noise)
+        values = reference.spectrum_descriptors_ref(
+            gram.detach().cpu(), seen.cpu(), dim, center=center, joint=joint, normalize=normalize, noise=noise
+        )
         descriptors.copy_(values[0])
         eigenvalues.copy_(values[1])
         return
     try:
-        medians = _medians(gram.shape[-1], dim if joint is None else dim * gram.shape[0], gram)
-        _DESCRIPTORS_OP(descriptors, eigenvalues, gram, seen, medians, dim, center, _JOINT[joint])
+        laws = _laws(gram.shape[-1], dim if joint is None else dim * gram.shape[0], gram)
+        _DESCRIPTORS_OP(
+            descriptors, eigenvalues, gram, seen, laws, dim, center, _JOINT[joint], _NORMALIZE[normalize], _NOISE[noise]
+        )
     except (RuntimeError, KeyError, ValueError, ZeroDivisionError):
         # All was checked before anything was written; here the refusal gets its type.
-        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint)
+        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint, normalize, noise)
         raise
 
 
-def _medians(window: int, dim: int, like: Tensor) -> Tensor:
-    """(window + 1,) float64: entry n is the Marchenko-Pastur median of n eigenvalues of rows of width `dim`."""
+def _laws(window: int, dim: int, like: Tensor) -> Tensor:
+    """The table of laws of `law_table` for windows of rows of width `dim`, as a float64 tensor beside `like`."""
     # A kept table cannot be traced, nor may one made while something traces be kept.
     if torch.compiler.is_compiling() or type(like) is not Tensor:
-        return torch.ops.rmtkernels.spectrum_medians(like, window, dim)  # type: ignore[no-any-return]
+        return torch.ops.rmtkernels.spectrum_laws(like, window, dim)  # type: ignore[no-any-return]
     key = (window, dim, like.device)
     table = _tables.get(key)
     if table is None:
         with torch.inference_mode(False):
-            table = torch.tensor(_median_list(window, dim), dtype=torch.float64, device=like.device)
+            table = torch.tensor(law_table(window, dim), dtype=torch.float64, device=like.device)
         if not _intercepted():
             _tables[key] = table
     return table
@@ -179,23 +211,29 @@ def _intercepted() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@torch.library.impl("rmtkernels::spectrum_medians", "CompositeExplicitAutograd")
-def _spectrum_medians(like: Tensor, window: int, dim: int) -> Tensor:
-    return torch.tensor(_median_list(window, dim), dtype=torch.float64, device=like.device)
-
-
-@lru_cache(maxsize=256)
-def _median_list(window: int, dim: int) -> tuple[float, ...]:
-    return (1.0, *(laws.marchenko_pastur_median(n / dim) for n in range(1, window + 1)))
+@torch.library.impl("rmtkernels::spectrum_laws", "CompositeExplicitAutograd")
+def _spectrum_laws(like: Tensor, window: int, dim: int) -> Tensor:
+    return torch.tensor(law_table(window, dim), dtype=torch.float64, device=like.device)
 
 
 def _check_descriptors(
-    descriptors: Tensor, eigenvalues: Tensor, gram: Tensor, seen: Tensor, dim: int, joint: str | None
+    descriptors: Tensor,
+    eigenvalues: Tensor,
+    gram: Tensor,
+    seen: Tensor,
+    dim: int,
+    joint: str | None,
+    normalize: str | None,
+    noise: str,
 ) -> None:
     _check_gram(gram)
     layers, batch, window = gram.shape[:3]
     if joint not in _JOINT:
         raise ShapeError(f'joint must be None, "trace" or "none", got {joint!r}')
+    if normalize not in _NORMALIZE:
+        raise ShapeError(f'normalize must be None or "rms", got {normalize!r}')
+    if noise not in _NOISE:
+        raise ShapeError(f'noise must be "median" or "trace", got {noise!r}')
     if joint is not None and layers == 0:
         raise ShapeError("a joint spectrum needs at least one layer")
     if dim < 1:

@@ -19,6 +19,7 @@ from rmtkernels import (
     window_gram,
     window_push_,
 )
+from rmtkernels.ops.law_table import law_table
 from tests.helpers import State, empty_state, gram_of, normal, pushed, same_bits, same_state
 
 OPS = torch.ops.rmtkernels
@@ -43,7 +44,7 @@ def descriptor_arguments(joint: int, center: bool) -> tuple[Any, ...]:
     gram, seen = gram_of(normal(2, 3, 6, 9))
     spectra = 1 if joint else 2
     out = torch.zeros(spectra, 3, F), torch.zeros(spectra, 3, 6)
-    return (*out, gram, seen - 2, torch.ones(7, dtype=torch.float64), 9, center, joint)
+    return (*out, gram, seen - 2, torch.tensor(law_table(6, 9 * (2 if joint else 1))), 9, center, joint, center, 1)
 
 
 OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
@@ -60,7 +61,7 @@ OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
     ("spectrum_descriptors_", descriptor_arguments(0, True)),
     ("spectrum_descriptors_", descriptor_arguments(1, False)),
     ("spectrum_descriptors_", descriptor_arguments(2, True)),
-    ("spectrum_medians", (torch.zeros(2), 6, 9)),
+    ("spectrum_laws", (torch.zeros(2), 6, 9)),
 ]
 
 

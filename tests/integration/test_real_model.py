@@ -83,4 +83,4 @@ def test_watching_leaves_the_real_model_alone(real: tuple[Any, Any]) -> None:
     assert torch.equal(before.sequences, after.sequences)
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
     assert track.layers == list(range(2, 30, 3))
-    assert track.descriptors.shape == (2, 11, 130)
+    assert track.descriptors.shape == (2, 11, 10 * len(rmtkernels.DESCRIPTORS))

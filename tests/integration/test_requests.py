@@ -131,16 +131,26 @@ def test_in_a_second_turn_everybody_takes_part_again(llama: Any) -> None:
     assert track.lengths.tolist() == [ended[0] + 4, 17]
 
 
-@pytest.mark.parametrize("options", [{"center": False}, {"spectra": "joint", "layer_scale": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"center": False, "noise": "trace"},
+        {"normalize": "rms"},
+        {"spectra": "joint", "layer_scale": "none"},
+        {"spectra": "joint", "layer_scale": "trace", "normalize": "rms"},
+    ],
+)
 def test_options_reach_the_spectrum(llama: Any, options: dict[str, Any]) -> None:
+    options = dict(options)
     with EigenTrack(llama, window=WINDOW, **options) as track:
         output = generate(llama, prompt())
     with torch.no_grad():
         states = [hidden_states(llama, output[:, :-1])[layer][:, 5:] for layer in track.layers]
     pairs = [window_gram_ref(state, WINDOW, dtype=torch.float64) for state in states]
     gram, seen = torch.cat([gram for gram, _ in pairs]), pairs[0][1][0]
-    joint = options.get("layer_scale")
-    want, _ = spectrum_descriptors_ref(gram, seen, 32, center=options.get("center", True), joint=joint)
+    joint = options.pop("layer_scale", None)
+    options.pop("spectra", None)
+    want, _ = spectrum_descriptors_ref(gram, seen, 32, joint=joint, **options)
     torch.testing.assert_close(track.descriptors[0].double(), want.transpose(0, 1).flatten(1), rtol=1e-3, atol=1e-4)
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 
 from rmtkernels import DESCRIPTORS
+from rmtkernels.laws.tracy_widom_table import LOG_SURVIVAL, TABLE_START, TABLE_STEP
+from rmtkernels.ops import law_table
 from rmtkernels.ops.sliding_window import MAX_WINDOW
-from rmtkernels.ops.spectrum import _JOINT
+from rmtkernels.ops.spectrum import _JOINT, _NOISE
 from rmtkernels.reference import spectrum as reference
 from tests.helpers import empty_state, normal, pushed
 
@@ -34,10 +36,20 @@ def test_descriptors_stand_in_the_order_of_the_header() -> None:
     leading = header["kLeading"]
     names = {
         "kShare": [f"share_{i + 1}" for i in range(leading)],
+        "kShareTop5": ["share_top5"],
         "kRatio": [f"ratio_{i + 1}" for i in range(leading - 1)],
         "kLogTrace": ["log_trace"],
         "kEntropy": ["entropy"],
         "kParticipation": ["participation"],
+        "kVariance": ["variance"],
+        "kSkewness": ["skewness"],
+        "kLogMedian": ["log_median"],
+        "kEarlyEnrichment": ["early_enrichment"],
+        "kMpKl": ["mp_kl"],
+        "kMpWasserstein": ["mp_wasserstein"],
+        "kTracyWidom": ["tracy_widom"],
+        "kTracyWidomLogSurvival": ["tracy_widom_log_survival"],
+        "kOverlap": ["overlap"],
         "kAboveEdge": ["above_edge"],
     }
     order = sorted(names, key=lambda name: header[name])
@@ -51,6 +63,18 @@ def test_limits_and_choices_agree() -> None:
     header = constants("spectrum.h")
     assert header["kMaxWindow"] == MAX_WINDOW
     assert {None: header["kPerLayer"], "none": header["kJointRaw"], "trace": header["kJointTrace"]} == _JOINT
+    assert {"median": header["kNoiseMedian"], "trace": header["kNoiseTrace"]} == _NOISE
+
+
+def test_the_law_table_has_the_layout_of_the_header() -> None:
+    header = constants("spectrum.h")
+    text = (HEADERS / "spectrum.h").read_text(encoding="utf-8")
+    assert f"kTracyWidomStart = {TABLE_START}, kTracyWidomStep = {TABLE_STEP};" in text
+    assert f"kBinStart = {law_table.BIN_START}, kBinStep = {law_table.BIN_STEP};" in text
+    assert header["kTracyWidomPoints"] == len(LOG_SURVIVAL)
+    assert (header["kBins"], header["kLawCells"]) == (law_table.BINS, law_table.ROW)
+    assert (reference._BINS, reference._BIN_START) == (law_table.BINS, law_table.BIN_START)
+    assert (reference._BIN_STEP, reference._BIN_FLOOR) == (law_table.BIN_STEP, law_table.FLOOR)
 
 
 def test_the_resolution_is_that_of_the_reference() -> None:

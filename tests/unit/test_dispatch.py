@@ -97,7 +97,9 @@ def push() -> None:
 
 def describe() -> None:
     gram, seen = gram_of(normal(1, 1, 3, 4))
-    rmtkernels.spectrum_descriptors_(torch.zeros(1, 1, 13), torch.zeros(1, 1, 3), gram, seen, 4)
+    rmtkernels.spectrum_descriptors_(
+        torch.zeros(1, 1, len(rmtkernels.DESCRIPTORS)), torch.zeros(1, 1, 3), gram, seen, 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import rmtkernels
 from rmtkernels import DESCRIPTORS, DeviceError, DtypeError, ShapeError, spectrum_descriptors, spectrum_descriptors_
 from rmtkernels.laws import marchenko_pastur_edges, marchenko_pastur_median
+from rmtkernels.ops.law_table import law_table, law_table_size
 from tests.helpers import gram_of, normal, same_bits
 
 pytestmark = pytest.mark.usefixtures("isa", "nan_memory")
@@ -152,6 +153,8 @@ MISTAKES: list[tuple[type[Exception], dict[str, Any]]] = [
     (ShapeError, {"joint": "sum"}),
     (ShapeError, {"joint": "none", "gram": torch.zeros(0, 3, 6, 6)}),
     (ShapeError, {"joint": "trace"}),
+    (ShapeError, {"normalize": "l2"}),
+    (ShapeError, {"noise": "quantile"}),
     (ShapeError, {"descriptors": torch.zeros(2, 3, F + 1)}),
     (ShapeError, {"descriptors": torch.zeros(2, F, 3).mT}),
     (DtypeError, {"descriptors": torch.zeros(2, 3, F, dtype=torch.float64)}),
@@ -185,16 +188,23 @@ def test_a_gram_matrix_that_is_not_contiguous_is_refused_by_the_out_variant() ->
 @pytest.mark.parametrize(
     "changes",
     [
-        *(changes for error, changes in MISTAKES if error is not DeviceError and "joint" not in changes),
+        *(
+            changes
+            for error, changes in MISTAKES
+            if error is not DeviceError and not {"joint", "normalize", "noise"} & set(changes)
+        ),
         {"joint": 1},
         {"joint": 3},
         {"joint": -1},
-        {"mp_median": torch.ones(6, dtype=torch.float64)},
-        {"mp_median": torch.ones(7)},
+        {"noise": 2},
+        {"noise": -1},
+        {"laws": torch.ones(law_table_size(6) - 1, dtype=torch.float64)},
+        {"laws": torch.ones(law_table_size(6))},
     ],
 )
 def test_the_raw_operator_raises_too(changes: dict[str, Any]) -> None:
-    arguments = {**good(), "mp_median": torch.ones(7, dtype=torch.float64), "center": True, "joint": 0}
+    laws = torch.tensor(law_table(6, 9))
+    arguments = {**good(), "laws": laws, "center": True, "joint": 0, "normalize": False, "noise": 0}
     torch.ops.rmtkernels.spectrum_descriptors_(**arguments)
     with pytest.raises(RuntimeError):
         torch.ops.rmtkernels.spectrum_descriptors_(**{**arguments, **changes})
