@@ -9,6 +9,8 @@ from rmtkernels.laws.marchenko_pastur import (
     marchenko_pastur_median,
     marchenko_pastur_quantile,
 )
+from rmtkernels.laws.noise import noise_variance
+from rmtkernels.laws.spiked import bbp_threshold, sample_to_spike, spike_overlap, spike_to_sample
 from rmtkernels.laws.tracy_widom import (
     TRACY_WIDOM_MEAN,
     TRACY_WIDOM_VARIANCE,
@@ -31,6 +33,7 @@ __all__ = [
     "TRACY_WIDOM_TABLE_STEP",
     "TRACY_WIDOM_TAIL_SERIES",
     "TRACY_WIDOM_VARIANCE",
+    "bbp_threshold",
     "marchenko_pastur_atom",
     "marchenko_pastur_cdf",
     "marchenko_pastur_cell_means",
@@ -38,6 +41,10 @@ __all__ = [
     "marchenko_pastur_edges",
     "marchenko_pastur_median",
     "marchenko_pastur_quantile",
+    "noise_variance",
+    "sample_to_spike",
+    "spike_overlap",
+    "spike_to_sample",
     "tracy_widom_cdf",
     "tracy_widom_center_scale",
     "tracy_widom_density",

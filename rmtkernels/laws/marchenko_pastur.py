@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from rmtkernels.errors import ShapeError
 from rmtkernels.laws._arrays import Array, like
 
+_GRID = np.linspace(0, math.pi / 2, 33)
+
 
 def marchenko_pastur_edges(q: float) -> tuple[float, float]:
     """Edges (1 - sqrt q)^2, (1 + sqrt q)^2 of the bulk, in units of sigma^2."""
@@ -111,7 +113,9 @@ def marchenko_pastur_quantile(u: ArrayLike, q: float) -> float | Array:
         raise ShapeError("probabilities must lie in [0, 1]")
     if q > 1:
         above = np.clip(q * (1 - level), 0.0, 1.0)  # mass above, in the bulk of the transposed problem
-        return like(u, np.where(level <= marchenko_pastur_atom(q), 0.0, q * _from_masses(1 - above, above, 1 / q)))
+        low, high = marchenko_pastur_edges(q)
+        bulk = np.clip(q * _from_masses(1 - above, above, 1 / q), low, high)
+        return like(u, np.where(level <= marchenko_pastur_atom(q), 0.0, np.where(level < 1, bulk, high)))
     return like(u, _from_masses(level, 1 - level, q))
 
 
@@ -158,8 +162,8 @@ def _mass_beyond(angle: Array, root: float, upper: NDArray[np.bool_]) -> Array:
     """Mass between an edge and the point `angle` (0 … pi/2) away from it: the upper edge where `upper`, else the lower.
 
     Both are (2/pi) int_0^angle sin^2 / x. Gauss-Legendre has a relative error below 1e-15 while no pole of the
-    integrand is near; the poles lie ln(1/r) beside the lower edge. Further from that edge than they are, the closed form
-    (psi + sin(psi) / r - (1 - q) / q * atan2(r sin psi, 1 - r cos psi)) / pi no longer cancels.
+    integrand is near; the poles lie ln(1/r) beside the lower edge. Further from that edge than they are, a closed form,
+    (psi + sin(psi) / r - (1 - q) / q * atan2(r sin psi, 1 - r cos psi)) / pi, does not cancel.
     """
     nodes, weights = _gauss_legendre()
     square = np.sin(np.multiply.outer(0.5 * angle, nodes)) ** 2
@@ -168,7 +172,7 @@ def _mass_beyond(angle: Array, root: float, upper: NDArray[np.bool_]) -> Array:
     with np.errstate(invalid="ignore"):  # q = 1 at its lower edge: 0/0 where the closed form is used
         mass = 8 / math.pi * angle * ((square * (1 - square) / (edge + slope * square)) @ weights)
     far = ~upper & (angle > -math.log(root))
-    if far.any() or root == 1:
+    if root == 1 or far.any():
         tilt = np.arctan2(root * np.sin(angle), 1 - root * np.cos(angle))
         closed = (angle + np.sin(angle) / root - (1 - root**2) / root**2 * tilt) / math.pi
         return np.where(far, closed, mass) if root < 1 else np.where(upper, mass, closed)
@@ -177,21 +181,22 @@ def _mass_beyond(angle: Array, root: float, upper: NDArray[np.bool_]) -> Array:
 
 def _angle_of_mass(mass: Array, root: float, upper: NDArray[np.bool_]) -> Array:
     """Inverse of `_mass_beyond`, by Halley steps kept within a bracket."""
-    grid = np.linspace(0, math.pi / 2, 33)
-    tables = _mass_beyond(grid, root, np.ones(33, dtype=bool)), _mass_beyond(grid, root, np.zeros(33, dtype=bool))
-    angle = np.where(upper, *(np.interp(np.cbrt(mass), np.cbrt(table), grid) for table in tables))
+    tables = _mass_tables(root)
+    cube_root = np.cbrt(mass)
+    angle = np.where(upper, *(np.interp(cube_root, np.cbrt(table), _GRID) for table in tables))
     low, high = np.zeros_like(angle), np.full_like(angle, math.pi / 2)
     sign = np.where(upper, 1.0, -1.0)
     positive = mass > 0
     for _ in range(100):
         gap = _mass_beyond(angle, root, upper) - mass
         low, high = np.where(gap < 0, angle, low), np.where(gap > 0, angle, high)
-        sine, cosine = np.sin(angle), np.cos(angle)
-        x = (1 + sign * root) ** 2 - 4 * sign * root * np.sin(0.5 * angle) ** 2
+        half = np.sin(0.5 * angle) ** 2
+        x = (1 + sign * root) ** 2 - 4 * sign * root * half
+        sine = np.sin(angle)
         with np.errstate(divide="ignore", invalid="ignore"):
             newton = gap * x * (math.pi / 2) / sine**2
-            # ln of the density has the slope 2 cot + 2 (±r) sin / x: Halley's step uses half of it.
-            new = angle - newton / (1 - newton * (cosine / sine + sign * root * sine / x))
+            # ln of the density has the slope 2 cos / sin ± 2 r sin / x: Halley's step uses half of it.
+            new = angle - newton / (1 - newton * ((1 - 2 * half) / sine + sign * root * sine / x))
         new = np.where((new >= low) & (new <= high), new, 0.5 * (low + high))
         done = np.all(np.abs(new - angle)[positive] <= 1e-6 * angle[positive])
         angle = new
@@ -208,8 +213,14 @@ def _from_masses(below: Array, above: Array, q: float) -> Array:
     return np.where(upper, (1 + root) ** 2 - square, (1 - root) ** 2 + square)
 
 
+@lru_cache(maxsize=1)
+def _mass_tables(root: float) -> Array:
+    """`_mass_beyond` on the grid, from the upper edge and from the lower one: (2, 33)."""
+    return _mass_beyond(np.stack([_GRID, _GRID]), root, np.array([[True], [False]]))
+
+
 def _mass_of_upper_half(root: float) -> float:
-    return float(_mass_beyond(np.array(math.pi / 2), root, np.array(True)))
+    return float(_mass_tables(root)[0, -1])
 
 
 def _beyond_sine(x: Array) -> Array:
