@@ -1,11 +1,13 @@
 """`python -m bench.experiments.reference_ood [--json FILE]`: does the reference score tell strange text from ordinary?
 
-Per text the mean of a score over its tokens; AUROC against held-out ordinary text, higher = stranger fixed beforehand.
-Beside it what anybody would try first: how many words there are (as distance from the ordinary number), perplexity
-(one-sided, and as distance), and the same robust distance taken on mean input embeddings and mean hidden states.
+Per text the mean of a score over its tokens; AUROC against held-out ordinary text, higher = stranger fixed in advance.
+Beside it what anybody would try first: log_trace alone (the size of the activations' deviations); the number of words
+(as distance from the ordinary number); perplexity (one-sided, and as distance); and the same robust distance taken on
+mean input embeddings and mean hidden states.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import random
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from bench.experiments import texts
 from eigentrack import EigenTrack, Recording, Reference
@@ -29,16 +31,16 @@ RESULT = texts.ROOT / "bench" / "results" / "reference-ood.json"
 
 
 class Setting(NamedTuple):
-    """One comparison: texts of `tokens[0]` tokens at least, cut to `tokens[1]`."""
+    """One comparison: texts of `tokens` tokens at least, cut to so many, so that length says nothing."""
 
-    tokens: tuple[int, int]
+    tokens: int
     ordinary: tuple[str, Callable[[], list[str]]]
     strange: dict[str, Callable[[], list[str]]]
 
 
 SETTINGS = {
     "passages": Setting(
-        (64, 64),
+        64,
         ("HaluEval QA passages", texts.passages),
         {
             "WikiText-2 paragraphs": texts.wikitext,
@@ -51,7 +53,7 @@ SETTINGS = {
         },
     ),
     "questions": Setting(
-        (6, 32),
+        8,
         ("WebQuestions", texts.web_questions),
         {
             "HaluEval QA questions": texts.hotpot_questions,
@@ -91,7 +93,7 @@ def main() -> None:
         "texts": {"ordinary": arguments.texts, "strange": arguments.texts, "reference": 2 * arguments.texts},
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "auroc": "median-unbiased value, and the interval of 90 % of a bootstrap over texts",
+        "auroc": "value, and the interval of 90 % of a bootstrap over texts",
         "settings": results,
     }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -124,14 +126,14 @@ def run(track: EigenTrack, tokenizer: Any, setting: Setting, count: int) -> dict
     return result
 
 
-def draw(tokenizer: Any, pool: list[str], tokens: tuple[int, int], count: int) -> list[list[int]]:
-    """Token ids of `count` texts (or all there are) that are long enough, cut to the longest allowed."""
+def draw(tokenizer: Any, pool: list[str], tokens: int, count: int) -> list[list[int]]:
+    """Token ids of `count` texts (or all there are) that are long enough, cut to one length."""
     pool = random.Random(SEED).sample(pool, len(pool))
     chosen: list[list[int]] = []
     for text in pool:
         ids = tokenizer(text).input_ids
-        if len(ids) >= tokens[0]:
-            chosen.append(ids[: tokens[1]])
+        if len(ids) >= tokens:
+            chosen.append(ids[:tokens])
         if len(chosen) == count:
             break
     return chosen
@@ -139,42 +141,44 @@ def draw(tokenizer: Any, pool: list[str], tokens: tuple[int, int], count: int) -
 
 @torch.no_grad()
 def look(track: EigenTrack, tokenizer: Any, ids: list[list[int]], what: str) -> Seen:
-    """Teacher-forces the texts, in batches padded on the right. The first token of each is fed but not watched."""
+    """Teacher-forces the texts, in batches. The first token of each is fed but not watched."""
     recordings, nll, embedding, hidden = [], [], [], []
     with track:
         for start in tqdm(range(0, len(ids), BATCH), desc=what, unit="batch"):
-            batch = ids[start : start + BATCH]
-            length = max(map(len, batch))
-            fed = torch.tensor([row + [0] * (length - len(row)) for row in batch])
-            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
-            first = track.model(fed[:, :1], attention_mask=mask[:, :1], use_cache=True)
+            fed = torch.tensor(ids[start : start + BATCH])
+            first = track.model(fed[:, :1], use_cache=True)
             track.reset()  # the first token's massive activation would rule every window that holds it
-            output = track.model(
-                fed[:, 1:], attention_mask=mask, past_key_values=first.past_key_values, output_hidden_states=True
-            )
+            output = track.model(fed[:, 1:], past_key_values=first.past_key_values, output_hidden_states=True)
             recordings.append(track.recording())
             logits = torch.cat([first.logits, output.logits[:, :-1]], 1)
-            kept = mask[:, 1:]
-            loss = torch.nn.functional.cross_entropy(logits.mT, fed[:, 1:], reduction="none")
-            nll.append((loss * kept).sum(1) / kept.sum(1))
-            share = (kept / kept.sum(1, keepdim=True))[..., None]
+            nll.append(torch.nn.functional.cross_entropy(logits.mT, fed[:, 1:], reduction="none").mean(1))
             states = output.hidden_states
-            embedding.append((states[0] * share).sum(1))
-            hidden.append(torch.cat([(states[layer + 1] * share).sum(1) for layer in track.layers], 1))
+            embedding.append(states[0].mean(1))
+            hidden.append(torch.cat([states[layer + 1].mean(1) for layer in track.layers], 1))
     words = torch.tensor([len(tokenizer.decode(row).split()) for row in ids], dtype=torch.float32)
     return Seen(recordings, words, torch.cat(nll), torch.cat(embedding), torch.cat(hidden))
 
 
 def scores(fitted: Reference, reference: Seen, seen: Seen) -> dict[str, Tensor]:
     """Per text, higher = stranger: ours and what it is compared with."""
+    one = Reference.fit(map(only_log_trace, reference.recordings))
+    log_trace = [one.score(only_log_trace(recording)).nanmean(1) for recording in seen.recordings]
     return {
         "spectra": torch.cat([fitted.score(recording).nanmean(1) for recording in seen.recordings]),
+        "log_trace alone": torch.cat(log_trace),
         "words": robust(seen.words[:, None], reference.words[:, None]),
         "perplexity": seen.nll,
         "perplexity, both sides": robust(seen.nll[:, None], reference.nll[:, None], clip=torch.inf),
         "mean embedding": robust(seen.embedding, reference.embedding),
         "mean hidden state": robust(seen.hidden, reference.hidden),
     }
+
+
+def only_log_trace(recording: Recording) -> Recording:
+    """Without the other descriptors: how large the activations' deviations are, and nothing of their spectrum."""
+    chosen = [index for index, name in enumerate(recording.names) if name.endswith("log_trace")]
+    settings = dataclasses.replace(recording.settings, names=tuple(recording.names[index] for index in chosen))
+    return dataclasses.replace(recording, descriptors=recording.descriptors[..., chosen], settings=settings)
 
 
 def robust(values: Tensor, reference: Tensor, clip: float = CLIP) -> Tensor:

@@ -1,5 +1,7 @@
 """Acting while the model generates: callbacks, stopping, and a monitor that forgets in mid-answer."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +199,11 @@ def test_a_criterion_of_another_model(llama: Any) -> None:
         generate(llama, prompt(2), 4)
         with pytest.raises(UnsupportedGenerationError, match="batch of 2"):
             generate(other, prompt(3), 4, stopping_criteria=[track.stop_when(until(9))])
+
+
+def test_transformers_is_imported_only_when_a_criterion_is_asked_for() -> None:
+    code = "import sys, eigentrack; sys.exit('transformers' in sys.modules or 'safetensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # Forgetting
