@@ -1,4 +1,4 @@
-"""What `import rmtkernels` costs beyond `import torch`, in fresh processes; processor time, as others share the cores."""
+"""Processor time of `import rmtkernels` beyond `import torch`, in fresh processes."""
 
 import json
 import statistics
