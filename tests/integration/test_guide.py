@@ -1,6 +1,7 @@
 """The guide's snippets run as they are printed, one after the other; so does the example."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ import torch
 from transformers import BatchEncoding
 
 import eigentrack
+from bench.experiments import reference_ood
 from tests.integration.test_monitor import hooks_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,25 @@ def test_the_snippets_of_the_guide(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.safetensors", "reference.safetensors"]
     assert isinstance(names["recording"], eigentrack.Recording) and names["recording"].window == 32
     assert names["track"].tokens.tolist() == names["ids"][:, 1:].tolist()
+
+
+def test_the_figures_of_the_guide_are_those_of_the_committed_result() -> None:
+    made = re.search(
+        r"<!-- made by: python -m bench\.experiments\.reference_ood -->\n(.*?)\n<!-- end of table -->",
+        (ROOT / "docs/eigentrack.md").read_text(),
+        re.DOTALL,
+    )
+    assert made is not None
+    assert made[1] == reference_ood.table(json.loads(reference_ood.RESULT.read_text()))
+
+
+def test_the_experiment_s_auroc_and_baselines() -> None:
+    assert reference_ood.auroc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == [1.0, 1.0, 1.0]
+    assert reference_ood.auroc(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))[0] == 0.5
+    assert reference_ood.auroc(torch.tensor([0.0]), torch.tensor([1.0])) == [0.0, 0.0, 0.0]
+    reference = torch.tensor([[0.0, 5.0], [1.0, 5.0], [2.0, 5.0]])
+    got = reference_ood.robust(torch.tensor([[1.0, 5.0], [1.0 + 1.4836 * 2, 5.0]]), reference)
+    torch.testing.assert_close(got, torch.tensor([0.0, 2**0.5]), rtol=1e-4, atol=1e-6)
 
 
 def load_example(name: str) -> ModuleType:
