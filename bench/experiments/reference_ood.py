@@ -7,7 +7,6 @@ mean input embeddings and mean hidden states.
 """
 
 import argparse
-import dataclasses
 import json
 import platform
 import random
@@ -107,7 +106,8 @@ def run(track: EigenTrack, tokenizer: Any, setting: Setting, count: int) -> dict
     reference = look(track, tokenizer, ids[: 2 * count], f"{name} (reference)")
     ordinary = look(track, tokenizer, ids[2 * count :], f"{name} (held out)")
     fitted = Reference.fit(reference.recordings)
-    held_out = scores(fitted, reference, ordinary)
+    size = Reference.fit(reference.recordings, only=["log_trace"])
+    held_out = scores(fitted, size, reference, ordinary)
     result: dict[str, Any] = {
         "ordinary": name,
         "tokens": setting.tokens,
@@ -117,7 +117,7 @@ def run(track: EigenTrack, tokenizer: Any, setting: Setting, count: int) -> dict
     }
     for other, make in setting.strange.items():
         seen = look(track, tokenizer, draw(tokenizer, make(), setting.tokens, count), other)
-        found = scores(fitted, reference, seen)
+        found = scores(fitted, size, reference, seen)
         result["strange"][other] = {
             "texts": len(seen.words),
             "tokens above the reference's 1 %": share_above(fitted, seen.recordings),
@@ -159,13 +159,11 @@ def look(track: EigenTrack, tokenizer: Any, ids: list[list[int]], what: str) -> 
     return Seen(recordings, words, torch.cat(nll), torch.cat(embedding), torch.cat(hidden))
 
 
-def scores(fitted: Reference, reference: Seen, seen: Seen) -> dict[str, Tensor]:
+def scores(fitted: Reference, size: Reference, reference: Seen, seen: Seen) -> dict[str, Tensor]:
     """Per text, higher = stranger: ours and what it is compared with."""
-    one = Reference.fit(map(only_log_trace, reference.recordings))
-    log_trace = [one.score(only_log_trace(recording)).nanmean(1) for recording in seen.recordings]
     return {
-        "spectra": torch.cat([fitted.score(recording).nanmean(1) for recording in seen.recordings]),
-        "log_trace alone": torch.cat(log_trace),
+        "spectra": text_scores(fitted, seen),
+        "log_trace alone": text_scores(size, seen),
         "words": robust(seen.words[:, None], reference.words[:, None]),
         "perplexity": seen.nll,
         "perplexity, both sides": robust(seen.nll[:, None], reference.nll[:, None], clip=torch.inf),
@@ -174,11 +172,9 @@ def scores(fitted: Reference, reference: Seen, seen: Seen) -> dict[str, Tensor]:
     }
 
 
-def only_log_trace(recording: Recording) -> Recording:
-    """Without the other descriptors: how large the activations' deviations are, and nothing of their spectrum."""
-    chosen = [index for index, name in enumerate(recording.names) if name.endswith("log_trace")]
-    settings = dataclasses.replace(recording.settings, names=tuple(recording.names[index] for index in chosen))
-    return dataclasses.replace(recording, descriptors=recording.descriptors[..., chosen], settings=settings)
+def text_scores(fitted: Reference, seen: Seen) -> Tensor:
+    """(texts,) means over the tokens."""
+    return torch.cat([fitted.score(recording).nanmean(1) for recording in seen.recordings])
 
 
 def robust(values: Tensor, reference: Tensor, clip: float = CLIP) -> Tensor:

@@ -1,6 +1,6 @@
 """How strange descriptors are beside those of ordinary text: a score that needs no labels."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,13 @@ FOLDS = 5
 CLIP = 3.0  # no descriptor counts for more than this many deviations
 FLOOR, SPREAD_FLOOR = 1e-3, 0.1
 QUANTILES = 1001
-DTYPES = {"median": torch.float32, "scale": torch.float32, "counts": torch.int64, "quantiles": torch.float32}
+DTYPES = {
+    "median": torch.float32,
+    "scale": torch.float32,
+    "counts": torch.int64,
+    "quantiles": torch.float32,
+    "used": torch.bool,
+}
 
 
 class Watched(Protocol):
@@ -50,6 +56,7 @@ class Reference:
         counts: (N,) int64, values behind each row.
         quantiles: (1001,) float32, from least to highest, of the scores that the reference's tokens get from a
             reference made without their fifth of the texts.
+        used: (F,) bool, which descriptors count.
         settings: of the monitor it was made with.
 
     Source: ours. Robust z-scores as in Iglewicz and Hoaglin (1993).
@@ -59,11 +66,12 @@ class Reference:
     scale: Tensor
     counts: Tensor
     quantiles: Tensor
+    used: Tensor
     settings: Settings
-    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @staticmethod
-    def fit(recordings: Iterable[Watched]) -> "Reference":
+    def fit(recordings: Iterable[Watched], only: Sequence[str] = ()) -> "Reference":
         """From recordings of ordinary text, made with the settings that will be used later; a few thousand tokens.
 
         A window still filling differs from a full one, so each level has statistics of its own, from its values and
@@ -72,8 +80,13 @@ class Reference:
         holds nine tenths of the values, over 3.29 (the deviation, if they were normal): a count that is mostly the
         same, or a constant, has a MAD of 0.
 
+        Args:
+            recordings: Recordings, or EigenTracks that have watched.
+            only: the descriptors that count, as in `rmtkernels.DESCRIPTORS` or as in `names`; by default all.
+
         Raises:
-            MismatchError: if the recordings' settings differ, or there are too few tokens or texts.
+            MismatchError: if the recordings' settings differ, there are too few tokens or texts, or no descriptor has
+                a name in `only`.
         """
         values, levels, groups = [], [], []
         settings: Settings | None = None
@@ -97,14 +110,19 @@ class Reference:
                 f"a reference needs several texts, and {POOLED} watched tokens without any fifth of them, got {least}: "
                 "record more text"
             )
-        nothing = torch.empty(0)
+        used = _used(settings.names, only)
+
+        def made(chosen: Tensor, quantiles: Tensor) -> Reference:
+            statistics = _statistics(pool[chosen], level[chosen], settings.window)
+            return Reference(*statistics, quantiles, used, settings)
+
         held_out = []
         for one in fold.unique():
-            rest = Reference(*_statistics(pool[fold != one], level[fold != one], settings.window), nothing, settings)
+            rest = made(fold != one, torch.empty(0))
             held_out.append(rest._distance(pool[fold == one], level[fold == one]))
         found = torch.cat(held_out)
         quantiles = np.quantile(found[~found.isnan()].numpy(), np.linspace(0, 1, QUANTILES))
-        return Reference(*_statistics(pool, level, settings.window), torch.from_numpy(quantiles).float(), settings)
+        return made(fold >= 0, torch.from_numpy(quantiles).float())
 
     def score(self, watched: Watched | Tensor) -> Tensor:
         """(B, T) float32 on the descriptors' device; NaN where a sequence was not watched, or its window is fuller
@@ -175,26 +193,42 @@ class Reference:
         tensors, described = read(path, KIND, VERSION, DTYPES)
         settings = settings_of(described.get("settings"), path)
         shape = settings.window, len(settings.names)
-        wanted = {"median": shape, "scale": shape, "counts": shape[:1], "quantiles": (QUANTILES,)}
+        wanted = {"median": shape, "scale": shape, "counts": shape[:1], "quantiles": (QUANTILES,), "used": shape[1:]}
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != wanted[name]:
                 raise FileFormatError(
                     f"{path} contradicts itself: {name} is {tuple(tensor.shape)}, its settings say {wanted[name]}"
                 )
         known = tensors["counts"] > 0
+        if not tensors["used"].any():
+            raise FileFormatError(f"{path} contradicts itself: no descriptor is used")
         if not (tensors["scale"][known] > 0).all() or not tensors["median"][known].isfinite().all():
             raise FileFormatError(f"{path} contradicts itself: a deviation is not positive, or a median not finite")
         return Reference(**tensors, settings=settings)
 
     def _distance(self, descriptors: Tensor, rows: Tensor) -> Tensor:
         """(..., F) descriptors of windows of (...) activations -> (...)."""
-        at = self._on_device.get(descriptors.device)
-        if at is None:
-            at = self.median.to(descriptors.device), self.scale.to(descriptors.device)
-            self._on_device[descriptors.device] = at
+        device = descriptors.device
+        if device not in self._on_device:
+            index = self.used.nonzero()[:, 0]
+            self._on_device[device] = (
+                index.to(device),
+                self.median[:, index].to(device),
+                self.scale[:, index].to(device),
+            )
+        index, median, scale = self._on_device[device]
         level = (rows - 1).clamp_(min=0)
-        z = (descriptors - at[0][level]).div_(at[1][level]).clamp_(-CLIP, CLIP)
+        z = (descriptors[..., index] - median[level]).div_(scale[level]).clamp_(-CLIP, CLIP)
         return z.square_().mean(-1).sqrt_()
+
+
+def _used(names: Sequence[str], only: Sequence[str]) -> Tensor:
+    """(F,) bool: the descriptors named, in full or by their last part; all if none is."""
+    known = {*names, *(name.rpartition(".")[2] for name in names)}
+    unknown = [name for name in only if name not in known]
+    if isinstance(only, str) or unknown:
+        raise MismatchError(f"only must list names of descriptors, got {only!r}; there are {', '.join(sorted(known))}")
+    return torch.tensor([not only or name in only or name.rpartition(".")[2] in only for name in names])
 
 
 def _rows(watched: Tensor, window: int) -> Tensor:

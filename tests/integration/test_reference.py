@@ -93,6 +93,22 @@ def test_the_same_value_is_strange_in_a_window_of_another_fullness(reference: Re
     assert float(scores[0]) < 0.7 and float(scores[1:].min()) > 1.9
 
 
+def test_only_some_descriptors() -> None:
+    names = {"names": ("layer2.a", "layer5.a", "layer5.b"), "spectra": "per_layer"}
+    recordings = [recorded(normal(50, 12, seed), **names) for seed in range(4)]
+    whole = Reference.fit(recordings)
+    for only, columns in ((["a"], [0, 1]), (["layer5.b"], [2]), (["layer2.a", "b"], [0, 2]), ([], [0, 1, 2])):
+        reference = Reference.fit(recordings, only=only)
+        assert reference.used.nonzero()[:, 0].tolist() == columns
+        x = normal(5, 12, 9)
+        level = torch.arange(12).clamp(max=3)
+        z = ((x - whole.median[level]) / whole.scale[level]).clamp(-CLIP, CLIP)[..., columns]
+        torch.testing.assert_close(reference.score(x), z.square().mean(-1).sqrt())
+    for only in (["c"], "a", ["layer2"]):
+        with pytest.raises(MismatchError, match=r"there are a, b, layer2\.a"):
+            Reference.fit(recordings, only=only)
+
+
 def test_constants_and_counts_do_not_drown_the_rest() -> None:
     def values(seed: int) -> Tensor:
         noise = torch.randn(40, 8, 1, generator=generator(seed))
@@ -248,7 +264,7 @@ def test_stopping_by_score(llama: Any, watched_reference: Reference) -> None:
 def test_a_file_gives_back_every_bit(reference: Reference, tmp_path: Path) -> None:
     reference.save(tmp_path / "x")
     loaded = Reference.load(tmp_path / "x")
-    for name in ("median", "scale", "counts", "quantiles"):
+    for name in ("median", "scale", "counts", "quantiles", "used"):
         assert same_bits(getattr(loaded, name), getattr(reference, name))
     assert loaded.settings == reference.settings
     assert same_bits(loaded.score(normal(2, 12, 5)), reference.score(normal(2, 12, 5)))
@@ -275,6 +291,8 @@ def test_files_that_are_not_references(reference: Reference, tmp_path: Path) -> 
         ("median", lambda x: x * math.nan),
         ("counts", lambda x: x[1:]),
         ("quantiles", lambda x: x[1:]),
+        ("used", lambda x: x[1:]),
+        ("used", lambda x: ~x),
     ],
 )
 def test_files_that_contradict_themselves(reference: Reference, tmp_path: Path, name: str, change: Any) -> None:
