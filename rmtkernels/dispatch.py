@@ -108,12 +108,16 @@ def _checked(backend: str) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result  # a hook may be traced before any operator has run
 def _status(operator: str, backend: str) -> str:
     key = (operator, backend)
     if key not in _available:
         _available[key] = _find_status(operator, backend)
     return _available[key]
+
+
+# A hook may be traced before any operator has run. This is all that torch.compiler.assume_constant_result does, but
+# that imports the compiler, which takes more than a second.
+_status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find_status(operator: str, backend: str) -> str:

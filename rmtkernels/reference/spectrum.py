@@ -156,7 +156,7 @@ def _histogram(x: Tensor, weights: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _quadrature(q: float, points: int = 20000) -> tuple[Tensor, Tensor]:
-    """Points, descending, and weights of the law's bulk: in theta its mass is sin^2 / x at x = 1 + q + 2 √q cos theta."""
+    """Points, descending, and weights of the bulk: in theta its mass is sin^2 / x at x = 1 + q + 2 √q cos theta."""
     ratio = min(q, 1 / q)
     theta = (torch.arange(points, dtype=torch.float64) + 0.5) * math.pi / points
     x = 1 + ratio + 2 * math.sqrt(ratio) * theta.cos()

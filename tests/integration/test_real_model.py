@@ -45,6 +45,18 @@ def test_spectra_of_real_activations(hidden: list[torch.Tensor], isa: str, windo
         assert torch.equal(got[..., -1].double(), want[..., -1]), f"layer {layer}: counts above the edge"
 
 
+@pytest.mark.parametrize("options", [{"normalize": "rms"}, {"noise": "trace"}, {"normalize": "rms", "center": False}])
+def test_spectra_of_real_activations_with_other_settings(hidden: list[torch.Tensor], options: dict[str, Any]) -> None:
+    for layer, states in enumerate(hidden[::4]):
+        gram, seen = rmtkernels.window_gram(states, 32)
+        exact, _ = window_gram_ref(states, 32, dtype=torch.float64)
+        got, values = rmtkernels.spectrum_descriptors(gram.transpose(0, 1)[None, :, 0], seen[0], 576, **options)
+        want, lam = spectrum_descriptors_ref(exact.transpose(0, 1)[None, :, 0], seen[0], 576, **options)
+        assert ((values - lam).abs() <= 1e-6 * lam[..., :1]).all(), f"layer {4 * layer}"
+        torch.testing.assert_close(got[..., :-1].double(), want[..., :-1], rtol=1e-3, atol=1e-6)
+        assert torch.equal(got[..., -1].double(), want[..., -1]), f"layer {4 * layer}: counts above the edge"
+
+
 def test_short_centred_windows_keep_the_precision_of_their_gram_matrix(hidden: list[torch.Tensor]) -> None:
     """Where a few similar rows leave little but their mean, centring cancels digits that float32 does not have."""
     for layer, states in enumerate(hidden):

@@ -34,7 +34,6 @@ def test_scipy_is_not_imported(imports):
     assert "scipy" not in imports[0]["new"]
 
 
-@pytest.mark.xfail(reason="torch.compiler.assume_constant_result, in dispatch.py, imports torch._dynamo", strict=True)
 def test_it_takes_60_ms(imports):
     assert not any(one["compiler"] for one in imports)
     assert statistics.median(one["ms"] for one in imports) <= 60, imports
