@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from eigentrack.windows import Snapshot
+
 
 class Candidates:
     """The last M rows of a pass, until the cache's length says how many of them were kept.
@@ -11,7 +13,7 @@ class Candidates:
     Attributes:
         cache: held until they are judged; after the last pass nobody else would.
         pushed: how many of them are in the windows.
-        before: what the windows were before, if there are any.
+        before, alive: windows and sequences as they were before, if any are.
     """
 
     def __init__(self, rows: list[Tensor], ids: Tensor | None, length: int) -> None:
@@ -21,7 +23,8 @@ class Candidates:
         self._length = length
         self.cache: Any = None
         self.pushed = 0
-        self.before: tuple[Any, ...] = ()
+        self.before: Snapshot
+        self.alive: Tensor
 
     def held(self) -> int:
         """Tokens in the cache now, or as many as there must be if only candidates were taken back."""

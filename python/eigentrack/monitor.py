@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from eigentrack.candidates import Candidates
 from eigentrack.clock import Clock, Overhead
 from eigentrack.errors import EigenTrackError, TapError
 from eigentrack.files import Settings
-from eigentrack.history import History
 from eigentrack.passes import Pass
 from eigentrack.recording import Recording, current_versions
 from eigentrack.request import Request
 from eigentrack.step import Step, read_step
-from eigentrack.taps import find_blocks, find_mlp, module_names, refuse_unsupported, select_layers
-from rmtkernels import DESCRIPTORS, SlidingWindow, spectrum_descriptors_
+from eigentrack.taps import end_tokens_of, find_blocks, find_mlp, module_names, refuse_unsupported, select_layers
+from eigentrack.windows import Windows
+from rmtkernels import DESCRIPTORS
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 if TYPE_CHECKING:  # it imports transformers, which the monitor alone does not need
@@ -29,15 +29,18 @@ if TYPE_CHECKING:  # it imports transformers, which the monitor alone does not n
 
 
 class EigenTrack:
-    """Context manager that watches a decoder-only transformers model.
+    """Context manager that watches a transformers model, or any `nn.Module`.
 
     Each watched layer keeps the last `window` hidden states of each sequence as a Gram matrix; after every step its
     eigenvalues and their descriptors are stored. The model's outputs are bit-identical, no gradient graph is kept, and
     every hook is gone when the block ends. A request ends where another cache comes, or none, or with start="answer" a
-    pass of several tokens; the last request is kept for reading.
+    pass of several tokens; the last request is kept for reading. Tokens proposed by an assistant are watched once they
+    are accepted.
+
+    A monitor watches the thread that entered it, and threads that entered none on this model, one request at a time.
 
     Args:
-        model: the model, not yet compiled.
+        model: the model. Enter before it is compiled: what is compiled inside the block is watched.
         layers: "every:k" (each k-th block, counted from the last), "all", or block indices.
         spectra: "per_layer" for one spectrum per layer, "joint" for one of the layers' summed Gram matrices.
         window: N, the number of activations per window, 1 to 128.
@@ -57,7 +60,7 @@ class EigenTrack:
 
     Raises:
         TapError, UnsupportedModelError: on entry, before any hook is set.
-        UnsupportedGenerationError: while generating, for beam search, assisted decoding or generation without a cache.
+        UnsupportedGenerationError: while generating, where the text cannot be followed (docs/compatibility.md).
 
     Source: EigenTrack (arXiv 2509.15735) sections III-A and III-B.
     """
@@ -109,13 +112,14 @@ class EigenTrack:
         self.layer_scale = layer_scale
         self._joint = layer_scale if spectra == "joint" else None
         self._prompt_too = start == "prompt"
-        self._end_tokens = _end_tokens(model) if end_tokens is None else list(end_tokens)
+        self._end_tokens = end_tokens_of(model) if end_tokens is None else list(end_tokens)
         self._hooks: Attachment | None = None
         self._passes: int | None = None  # how many the last block saw
         self._request = Request(self._end_tokens, self._prompt_too)
         self._candidates: Candidates | None = None
-        self._state: SlidingWindow | None = None
-        self._history: History | None = None
+        self._windows = Windows(
+            len(self._taps), window, center=center, joint=self._joint, normalize=normalize, noise=noise
+        )
         self._told = 0  # steps that on_token has been called for
         self._clock = Clock()
 
@@ -147,13 +151,13 @@ class EigenTrack:
     def watching(self) -> bool:
         """Whether a token of the running request has been watched yet; until then there is nothing to read."""
         self._settle()
-        return self._history is not None
+        return self._windows.history is not None
 
     @property
     def steps(self) -> int:
         """T: steps of the running request watched so far."""
         self._settle()
-        return 0 if self._history is None else self._history.steps
+        return self._windows.steps
 
     @property
     def lengths(self) -> Tensor:
@@ -212,9 +216,8 @@ class EigenTrack:
 
         The text goes on: sequences that have ended stay so, and in start="answer" what follows is still the answer.
         """
-        self._history, self._candidates, self._told = None, None, 0
-        if self._state is not None:
-            self._state.reset()
+        self._candidates, self._told = None, 0
+        self._windows.reset()
 
     def stop_when(self, fn: Callable[[Step], bool | Tensor]) -> "StopWhen":
         """A stopping criterion: `model.generate(..., stopping_criteria=[track.stop_when(fn)])`. Needs transformers.
@@ -251,7 +254,8 @@ class EigenTrack:
         if kind is None:
             self._settle()
             self._tell()
-        self._candidates, self._state = None, None  # the history stays, to be read
+        self._candidates = None
+        self._windows.release()
         self._request.forget()
         if kind is None and not self._passes:
             warnings.warn(_NO_PASS, RuntimeWarning, stacklevel=2)
@@ -268,7 +272,7 @@ class EigenTrack:
             self._candidates = None
         if self._request.begin_pass(given, view):
             self.reset()
-        self._told = 0 if self._history is None else self._history.steps
+        self._told = self._windows.steps
         self._clock.begin_step(entered, self._request.decoding)
         return self._request.decoding or self._prompt_too or self._request.candidates > 0
 
@@ -280,7 +284,7 @@ class EigenTrack:
         if request.decoding or self._prompt_too:
             for t in range(watched):
                 one = rows if watched + offered == 1 else [row[:, t : t + 1] for row in rows]
-                self._push(one, request.tokens(t), request.row_mask(t))
+                self._windows.push(one, request.tokens(t), request.row_mask(t))
         if offered:
             self._candidates = Candidates([row[:, watched:] for row in rows], request.ids, request.length)
         self._clock.add_since(entered)
@@ -299,101 +303,45 @@ class EigenTrack:
         candidates = self._candidates
         if candidates is None or candidates.pushed == candidates.accepted():
             return
+        alive = self._request.alive
+        assert alive is not None
         if candidates.pushed:
-            self._restore(*candidates.before)
+            self._windows.restore(candidates.before)
+            alive.copy_(candidates.alive)
         else:
-            candidates.before = self._snapshot()
+            candidates.before = self._windows.snapshot()
+            candidates.alive = alive.clone()
         candidates.pushed = candidates.accepted()
         for t in range(candidates.pushed):
             ids = candidates.tokens(t)
-            self._push(candidates.row(t), ids, self._request.go_on(ids))
-
-    def _snapshot(self) -> tuple[Any, ...]:
-        state, history, alive = self._state, self._history, self._request.alive
-        assert alive is not None
-        if state is None or history is None:
-            return None, 0, None, alive.clone()
-        return history, history.steps, state.state_dict(), alive.clone()
-
-    def _restore(self, history: History | None, steps: int, state: dict[str, Tensor] | None, alive: Tensor) -> None:
-        assert self._state is not None and self._request.alive is not None
-        self._history = history
-        if history is None or state is None:
-            self._state.reset()
-        else:
-            history.steps = steps
-            self._state.load_state_dict(state)
-        self._request.alive.copy_(alive)
+            self._windows.push(candidates.row(t), ids, self._request.go_on(ids))
 
     def _tell(self) -> None:
         """Calls on_token for each step of the last pass; the rest of them is forgotten if it resets the monitor."""
-        history, callback = self._history, self.on_token
-        steps = 0 if history is None else history.steps  # reading in the callback may settle candidates
-        while history is not None and history is self._history and self._told < steps and callback:
+        history, callback = self._windows.history, self.on_token
+        steps = self._windows.steps  # reading in the callback may settle candidates
+        while history is not None and history is self._windows.history and self._told < steps and callback:
             self._told += 1
             callback(read_step(history, self._told - 1))
 
-    def _push(self, rows: list[Tensor], tokens: Tensor | None, mask: Tensor | None) -> None:
-        """One step: a (B, 1, D) hidden state per tap, the (B, 1) tokens fed, and which sequences take part."""
-        if self._history is None:
-            self._allocate(rows[0])
-        state, history = self._state, self._history
-        assert state is not None and history is not None
-        step = history.next_step()
-        state.update(rows, mask)
-        spectrum_descriptors_(
-            history.descriptors[step],
-            history.eigenvalues[step],
-            state.gram,
-            state.rows,
-            rows[0].shape[2],
-            center=self.center,
-            joint=self._joint,
-            normalize=self.normalize,
-            noise=self.noise,
-        )
-        torch.ge(state.seen[:, 2], 0, out=history.watched[step])
-        history.tokens[step] = -1 if tokens is None else tokens[:, 0]
-
-    # State
-
-    @torch.inference_mode(False)
-    def _allocate(self, rows: Tensor) -> None:
-        shape = (len(self._taps), rows.shape[0], self.window, rows.shape[2])
-        state = self._state
-        known = None if state is None else (state.ring.shape, state.ring.dtype, state.ring.device)
-        if known != (shape, rows.dtype, rows.device):
-            self._state = SlidingWindow(*shape, dtype=rows.dtype, device=rows.device)
-        spectra = len(self._taps) if self._joint is None else 1
-        self._history = History(rows.shape[0], spectra, len(DESCRIPTORS), self.window, rows.device)
-
     def _read(self, name: str) -> Tensor:
         self._settle()
-        if self._history is None:
+        history = self._windows.history
+        if history is None:
             if (self._passes if self._hooks is None else self._hooks.passes) == 0:
                 raise EigenTrackError(_NO_PASS)
             raise EigenTrackError(
                 'nothing has been watched yet; with start="answer" that begins when the first generated token is fed'
             )
-        return self._history.read(name)
+        return history.read(name)
 
 
 _NO_PASS = (
     "EigenTrack saw no forward pass of its model. A model that was compiled before never calls the hooks: enter "
-    "EigenTrack before the first call of the compiled model, or call torch.compiler.reset() first"
+    "EigenTrack before the compiled model is called for the first time"
 )
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
         raise EigenTrackError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _end_tokens(model: nn.Module) -> list[int]:
-    """End and padding tokens of the model's generation config: what generate() feeds once a sequence is over."""
-    config = getattr(model, "generation_config", None) or getattr(model, "config", None)
-    tokens: set[int] = set()
-    for name in ("eos_token_id", "pad_token_id"):
-        value = getattr(config, name, None)
-        tokens.update(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
-    return sorted(tokens)

@@ -31,7 +31,7 @@ class StopWhen(StoppingCriteria):
         if self._request != self.track._request.number:
             self._request = self.track._request.number
             self._ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        history = self.track._history
+        history = self.track._windows.history
         if history is not self._history:
             self._history, self._asked = history, 0
         while history is not None and self._asked < history.steps:
@@ -44,7 +44,7 @@ class StopWhen(StoppingCriteria):
             self._asked += 1
             self._ended |= _verdict(self.fn(step), step).to(self._ended.device)
             self.track._request.end(self._ended)
-            if self.track._history is not history:  # the function called reset()
+            if self.track._windows.history is not history:  # the function called reset()
                 break
         return self._ended.clone()
 

@@ -139,3 +139,13 @@ def _is_compiled(model: nn.Module) -> bool:
     return bool(torch._dynamo.utils.counters["stats"]) and any(
         isinstance(holder, dict) and holder.get("_orig_mod") is model for holder in gc.get_referrers(model)
     )
+
+
+def end_tokens_of(model: nn.Module) -> list[int]:
+    """End and padding tokens of the model's generation config: what generate() feeds once a sequence is over."""
+    config = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    tokens: set[int] = set()
+    for name in ("eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        tokens.update(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
+    return sorted(tokens)
