@@ -334,9 +334,15 @@ void add_grams(double* a, const float* const* gram, const double* weight, int co
 void add_normalised_gram(double* a, const float* gram, const double* inverse_norm, double weight, int rows,
                          int window) {
   const int ld = round_up4(rows);
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < rows; ++j)
-      a[i * ld + j] += weight * inverse_norm[i] * inverse_norm[j] * double(gram[i * window + j]);
+  for (int i = 0; i < rows; ++i) {
+    const double scale = weight * inverse_norm[i];
+    int j = 0;
+    for (; j + 4 <= rows; j += 4) {
+      const f64x4 scaled = splat(scale) * load4(inverse_norm + j);
+      store4(a + i * ld + j, fma(scaled, load4(gram + i * window + j), load4(a + i * ld + j)));
+    }
+    for (; j < rows; ++j) a[i * ld + j] += scale * inverse_norm[j] * double(gram[i * window + j]);
+  }
 }
 
 // Trace of the block and sum of all its entries.
@@ -360,8 +366,13 @@ Sums gram_sums(const float* gram, int rows, int window) {
 Sums normalised_sums(const float* gram, const double* inverse_norm, int rows, int window) {
   Sums s;
   for (int i = 0; i < rows; ++i) {
+    f64x4 part = splat(0);
+    int j = 0;
+    for (; j + 4 <= rows; j += 4) part = fma(load4(inverse_norm + j), load4(gram + i * window + j), part);
+    double sum = lane_sum(part);
+    for (; j < rows; ++j) sum += inverse_norm[j] * double(gram[i * window + j]);
+    s.total += inverse_norm[i] * sum;
     s.trace += inverse_norm[i] * inverse_norm[i] * double(gram[i * window + i]);
-    for (int j = 0; j < rows; ++j) s.total += inverse_norm[i] * inverse_norm[j] * double(gram[i * window + j]);
   }
   return s;
 }
