@@ -179,7 +179,11 @@ class Attachment:
         if self._rows:
             idle = [name for name, row in zip(self._names, self._rows, strict=True) if row is None]
             self._rows = []
-            raise TapError(f"watched modules that did not run in a forward pass: {', '.join(idle)}")
+            raise TapError(
+                f"watched modules that did not run in a forward pass: {', '.join(idle)}; if they did, then in a graph "
+                "that torch.compile made before their hooks were set, maybe for another model of this class: call "
+                "torch.compiler.reset(), or set torch._dynamo.config.skip_nnmodule_hook_guards = False beforehand"
+            )
         self._monitor._end_pass(view, entered)
 
 

@@ -211,3 +211,22 @@ def test_modules_that_do_not_run_are_named(llama: Any) -> None:
     watched = [llama.model.layers[0], llama.spare]
     with pytest.raises(TapError, match="spare"), EigenTrack(llama, start="prompt", modules=watched):
         compiled(prompt())
+
+
+def test_graphs_of_unwatched_models_of_the_same_class(llama: Any) -> None:
+    """generate() compiles a graph that torch.compile takes for every model of the class; it must not go unnoticed."""
+    by_generate(tiny_llama(depth=2), "eager", prompt())
+    with pytest.raises(TapError, match="another model of this class"), EigenTrack(llama, window=WINDOW):
+        by_generate(llama, "eager", prompt())
+    torch._dynamo.reset()
+    fresh = tiny_llama(depth=2)
+    with EigenTrack(fresh, window=WINDOW) as track:
+        output = by_generate(fresh, "eager", prompt())
+    assert torch.equal(track.tokens, output[:, 5:-1])
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        by_generate(tiny_llama(depth=2), "eager", prompt())
+        other = tiny_llama(depth=2)
+        with EigenTrack(other, window=WINDOW) as track:
+            output = by_generate(other, "eager", prompt())
+    assert torch.equal(track.tokens, output[:, 5:-1])

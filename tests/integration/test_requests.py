@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MambaConfig, MambaForCausalLM, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    Gemma2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2Config,
+)
 
 from eigentrack import EigenTrack, TapError, UnsupportedGenerationError, UnsupportedModelError
 from eigentrack.taps import find_blocks
+from rmtkernels import DESCRIPTORS
 from rmtkernels.reference import spectrum_descriptors_ref, window_gram_ref
+from tests.integration.families import build
 from tests.integration.test_monitor import WINDOW, generate, hidden_states, oracle, prompt
 
 SMALL: dict[str, Any] = {
@@ -59,8 +70,8 @@ def test_a_static_cache(config: Any) -> None:
     with EigenTrack(model, window=WINDOW) as track:
         output = generate(model, prompt(), 12, cache_implementation="static")
     assert_watched(track, model, output, 5)
-    with EigenTrack(model, window=WINDOW, start="prompt"), pytest.raises(UnsupportedGenerationError, match="padding"):
-        generate(model, prompt(2), 12, cache_implementation="static")
+    with pytest.raises(UnsupportedGenerationError, match="padding"), EigenTrack(model, start="prompt"):
+        model(prompt(2), attention_mask=torch.ones(2, 1, 5, 3, dtype=torch.bool))
 
 
 def test_a_prompt_of_embeddings(llama: Any) -> None:
@@ -194,3 +205,50 @@ def test_blocks_are_the_largest_outermost_list() -> None:
     for block in model.blocks:
         block.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
     assert find_blocks(model) == list(model.blocks)
+
+
+@pytest.mark.parametrize("spectra", ["per_layer", "joint"])
+def test_the_feed_forward_part(model: Any, spectra: str) -> None:
+    with EigenTrack(model, tap="mlp", layers=[1, -1], window=WINDOW, spectra=spectra) as track:
+        output = generate(model, prompt())
+    blocks = find_blocks(model)
+    parts = [blocks[1].mlp, blocks[5].mlp]
+    with EigenTrack(model, modules=parts, window=WINDOW, spectra=spectra) as named:
+        assert torch.equal(generate(model, prompt()), output)
+    assert torch.equal(track.descriptors, named.descriptors)
+    if spectra == "per_layer":
+        assert track.names == [f"layer{index}.mlp.{name}" for index in (1, 5) for name in DESCRIPTORS]
+        with EigenTrack(model, layers=[1, -1], window=WINDOW) as residual:
+            generate(model, prompt())
+        assert not torch.equal(track.descriptors, residual.descriptors)
+
+
+def test_a_block_without_a_known_feed_forward_part_names_its_children() -> None:
+    model = BertModel(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    with pytest.raises(TapError, match="attention, intermediate, output"):
+        EigenTrack(model, tap="mlp", start="prompt")
+
+
+def test_tap_and_modules_exclude_each_other(llama: Any) -> None:
+    with pytest.raises(TapError, match="either"):
+        EigenTrack(llama, tap="mlp", modules=[llama.model.layers[0]])
+
+
+def test_modules_that_return_no_row_per_token_are_refused(llama: Any) -> None:
+    class Halved(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden[:, ::2]
+
+    llama.probe = Halved()
+    llama.model.layers[0].register_forward_hook(lambda m, a, output: (llama.probe(output), output)[1])
+    with pytest.raises(TapError, match="row per token"), EigenTrack(llama, start="prompt", modules=[llama.probe]):
+        llama(prompt())
+
+
+def test_only_the_vision_tower_is_larger() -> None:
+    """The blocks are the language model's all the same."""
+    model = build("Llava")
+    blocks = find_blocks(model)
+    assert blocks == list(model.model.language_model.layers)
+    vision = model.model.vision_tower
+    assert sum(p.numel() for p in vision.parameters()) > sum(p.numel() for p in model.model.language_model.parameters())
