@@ -22,14 +22,22 @@ from eigentrack.loading import demo_model, load_causal_lm
 from rmtkernels import DESCRIPTORS
 
 RESULT = texts.ROOT / "bench" / "results" / "defaults.json"
+ROWS = {"normalize": "rms"}
+AS_THEY_ARE: dict[str, Any] = {"normalize": None}
 CHOICES: dict[str, dict[str, Any]] = {
-    "default: per layer, centred, median noise": {},
-    "not centred": {"center": False},
-    "rows to root mean square 1": {"normalize": "rms"},
-    "rows to root mean square 1, not centred": {"normalize": "rms", "center": False},
-    "noise from the trace": {"noise": "trace"},
-    "joint, each layer by its trace": {"spectra": "joint"},
-    "joint, as they are (the paper)": {"spectra": "joint", "layer_scale": "none", "center": False},
+    "rows of root mean square 1, centred, median noise": ROWS,
+    "… not centred": {**ROWS, "center": False},
+    "… noise from the trace": {**ROWS, "noise": "trace"},
+    "… joint, each layer by its trace": {**ROWS, "spectra": "joint"},
+    "rows as they are, centred, median noise": AS_THEY_ARE,
+    "… not centred ": {**AS_THEY_ARE, "center": False},
+    "… joint, each layer by its trace ": {**AS_THEY_ARE, "spectra": "joint"},
+    "… joint, as they are, not centred (the paper)": {
+        **AS_THEY_ARE,
+        "spectra": "joint",
+        "layer_scale": "none",
+        "center": False,
+    },
 }
 WINDOW = 32
 

@@ -413,31 +413,45 @@ double log_trace(double trace, double dim) {
   return std::log(mean_square > kSmallestTrace ? mean_square : kSmallestTrace);
 }
 
-// Fills `a` with the window's Gram matrix (one layer's, or the joined one) and returns the logarithm of its trace.
-double load_window(const DescriptorArgs& args, double* a, int64_t problem, int rows) {
+// Share of the rows' energy that is in their mean: rows |mean|^2 / sum of |row|^2.
+double mean_share(double total, double trace, int rows) {
+  if (!(trace > 0)) return 0.0;
+  const double share = total / (rows * trace);
+  return share > 0 ? (share < 1 ? share : 1.0) : 0.0;
+}
+
+// Fills `a` with the window's Gram matrix (one layer's, or the joined one); the overlap is left to the caller.
+WindowFacts load_window(const DescriptorArgs& args, double* a, int64_t problem, int rows) {
   const int window = int(args.window);
   const int64_t size = args.window * args.window;
   const bool scaled = args.joint == kJointTrace;
-  double log_sum = 0, trace_sum = 0, weights[kTogether], inverse_norm[kMaxWindow];
+  double logs = 0, traces = 0, shares = 0, total = 0, energy = 0, weights[kTogether], inverse_norm[kMaxWindow];
   const float* grams[kTogether];
   int count = 0;
   const int64_t first = args.joint == kPerLayer ? problem / args.batch : 0;
   const int64_t last = args.joint == kPerLayer ? first + 1 : args.layers;
   for (int64_t layer = first; layer < last; ++layer) {
     const float* gram = args.gram + (layer * args.batch + problem % args.batch) * size;
-    if (args.normalize) inverse_norms(inverse_norm, gram, rows, window, args.dim);
-    const Sums sums =
-        args.normalize ? normalised_sums(gram, inverse_norm, rows, window) : gram_sums(gram, rows, window);
-    const double trace = centred_trace(sums, rows, args.center), weight = scaled ? 1 / trace : 1.0;
+    Sums sums = gram_sums(gram, rows, window);
+    const double raw_trace = centred_trace(sums, rows, args.center);
+    if (args.normalize) {
+      inverse_norms(inverse_norm, gram, rows, window, args.dim);
+      sums = normalised_sums(gram, inverse_norm, rows, window);
+    }
+    const double trace = args.normalize ? centred_trace(sums, rows, args.center) : raw_trace;
+    const double weight = scaled ? 1 / trace : 1.0;
     if (trace != 0 && args.normalize) add_normalised_gram(a, gram, inverse_norm, weight, rows, window);
     if (trace != 0 && !args.normalize) grams[count] = gram, weights[count++] = weight;
     if (count == kTogether || layer + 1 == last) add_grams(a, grams, weights, count, rows, window), count = 0;
-    trace_sum += trace;
-    log_sum += log_trace(trace, double(args.dim));
+    traces += raw_trace;
+    logs += log_trace(raw_trace, double(args.dim));
+    total += sums.total, energy += sums.trace;
+    shares += mean_share(sums.total, sums.trace, rows);
   }
   if (args.center) center_gram(a, rows);
   const double layers = double(last - first);
-  return args.joint == kJointTrace ? log_sum / layers : log_trace(trace_sum, double(args.dim) * layers);
+  if (scaled) return {logs / layers, shares / layers, 0.0};
+  return {log_trace(traces, double(args.dim) * layers), mean_share(total, energy, rows), 0.0};
 }
 
 // Overlap of the window's covariance with that of its rows but the newest.
@@ -466,11 +480,11 @@ void descriptors(const DescriptorArgs& args, int64_t begin, int64_t end) {
     int count = 1;  // windows still filling up are solved apart: lanes share one size
     while (count < 8 && first + count < end && rows_of(args, first + count) == rows) ++count;
     const int64_t dim = args.joint == kPerLayer ? args.dim : args.dim * args.layers;
-    double logs[8], overlaps[8];
+    WindowFacts facts[8];
     const auto load = [&](double* a, int64_t problem) {
-      logs[problem - first] = load_window(args, a, problem, rows);
+      WindowFacts& window = facts[problem - first] = load_window(args, a, problem, rows);
       const int64_t seen = args.seen[problem % args.batch * args.seen_stride];
-      overlaps[problem - first] = overlap_without_newest(a, seen, rows, args.center, args.window);
+      window.overlap = overlap_without_newest(a, seen, rows, args.center, args.window);
     };
     const auto save = [&](int64_t problem, const double* values, double scale) {
       const int64_t layer = problem / args.batch, sequence = problem % args.batch;
@@ -484,8 +498,7 @@ void descriptors(const DescriptorArgs& args, int64_t begin, int64_t end) {
       }
       for (int i = 0; i < args.window; ++i) eigenvalues[i] = i < n ? float(lambda[i]) : 0.0f;
       if (scale == scale)
-        spectral_descriptors(lambda, n, dim, args.window, args.noise, args.laws, logs[problem - first],
-                             overlaps[problem - first], out);
+        spectral_descriptors(lambda, n, dim, args.window, args.noise, args.laws, facts[problem - first], out);
       else
         for (int i = 0; i < kDescriptors; ++i) out[i] = NAN;
     };

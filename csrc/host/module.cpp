@@ -37,11 +37,12 @@ const double* checked_table(const Table& table, int64_t window, int n) {
 }
 
 py::array_t<float> spectral_descriptors(const Eigenvalues& lambda, int64_t dim, int64_t window, const Table& table,
-                                        int noise, double log_trace, double overlap) {
+                                        int noise, double log_trace, double mean_share, double overlap) {
   const int n = checked_size(lambda, dim);
   const double* laws = checked_table(table, window, n);
   py::array_t<float> out(rmtkernels::kDescriptors);
-  rmtkernels::spectral_descriptors(lambda.data(), n, dim, window, noise, laws, log_trace, overlap, out.mutable_data());
+  rmtkernels::spectral_descriptors(lambda.data(), n, dim, window, noise, laws, {log_trace, mean_share, overlap},
+                                   out.mutable_data());
   return out;
 }
 
@@ -64,7 +65,7 @@ py::dict build_report() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Numerics shared by the CPU and CUDA kernels, on NumPy arrays.";
   m.def("spectral_descriptors", &spectral_descriptors, py::arg("eigenvalues"), py::arg("dim"), py::arg("window"),
-        py::arg("table"), py::arg("noise"), py::arg("log_trace"), py::arg("overlap"),
+        py::arg("table"), py::arg("noise"), py::arg("log_trace"), py::arg("mean_share"), py::arg("overlap"),
         "Descriptors of eigenvalues in descending order; see rmtkernels.spectrum_descriptors.");
   m.def("tracy_widom_log_survival", &tracy_widom_log_survival, py::arg("s"), py::arg("table"),
         "ln P(TW_1 > s) from a law table.");

@@ -16,6 +16,7 @@ DESCRIPTORS = (
     "share_top5",
     *(f"ratio_{i}" for i in range(1, 5)),
     "log_trace",
+    "mean_share",
     "entropy",
     "participation",
     "variance",

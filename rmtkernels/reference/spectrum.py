@@ -14,7 +14,7 @@ from rmtkernels.laws import (
 )
 
 _RESOLUTION = 2.0**-20
-_DESCRIPTORS = 23
+_DESCRIPTORS = 24
 _SMALLEST_TRACE = torch.finfo(torch.float32).tiny
 _BINS, _BIN_START, _BIN_STEP, _BIN_FLOOR = 64, -4.0, 0.25, 2.0**-10
 
@@ -45,11 +45,13 @@ def spectrum_descriptors_ref(
             blocks = gram[layer, b, :rows, :rows].double().reshape(layers if joint else 1, rows, rows)
             broken = 0.0 if blocks.isfinite().all() else math.nan
             blocks = blocks.nan_to_num()
+            log_trace = _log_trace(_centred(blocks, center), dim, joint)
             if normalize == "rms":
                 blocks = _normalised(blocks, dim)
-            lam, log_trace, width, total = _window_spectrum(blocks, dim, center, joint)
+            mean_share = _mean_share(blocks, joint)
+            lam, width, total = _window_spectrum(_centred(blocks, center), dim, center, joint)
             overlap = _overlap(total, (int(seen[b]) - 1) % window, center) if rows > 1 else 0.0
-            descriptors.append(_descriptors(lam, log_trace, width, overlap, noise) + broken)
+            descriptors.append(_descriptors(lam, (log_trace, mean_share, overlap), width, noise) + broken)
             eigenvalues.append(torch.cat([lam + broken, lam.new_zeros(window - len(lam))]))
     spectra = layers if joint is None else 1
     if not descriptors:
@@ -65,25 +67,43 @@ def _normalised(blocks: Tensor, dim: int) -> Tensor:
     return blocks * inverse[:, :, None] * inverse[:, None, :]
 
 
-def _window_spectrum(blocks: Tensor, dim: int, center: bool, joint: str | None) -> tuple[Tensor, float, int, Tensor]:
-    """Of (layers, rows, rows) blocks of one window: λ = eig(G / D), descending, ln of its trace, D, and (centred) G."""
+def _centred(blocks: Tensor, center: bool) -> Tensor:
+    rows = blocks.shape[-1]
+    if not center or not rows:
+        return blocks
+    projector = _centring(rows, blocks)
+    centred = projector @ blocks @ projector
+    equal_rows = _traces(centred) <= _RESOLUTION * _traces(blocks)  # all that is left is rounding
+    return torch.where(equal_rows[:, None, None], 0.0, centred)
+
+
+def _log_trace(blocks: Tensor, dim: int, joint: str | None) -> float:
+    traces = _traces(blocks) / dim
+    if joint == "trace":
+        return float(traces.clamp_min(_SMALLEST_TRACE).log().mean())
+    return math.log(max(float(traces.mean()), _SMALLEST_TRACE))
+
+
+def _mean_share(blocks: Tensor, joint: str | None) -> float:
+    """rows |mean|^2 over the sum of |row|^2."""
+    if not blocks.shape[-1]:
+        return 0.0
+    in_mean, energy = blocks.mean(-1).sum(-1), _traces(blocks)
+    if joint == "trace":
+        return float(torch.where(energy > 0, in_mean / energy, 0.0).clamp(0, 1).mean())
+    return float((in_mean.sum() / energy.sum()).clamp(0, 1)) if energy.sum() > 0 else 0.0
+
+
+def _window_spectrum(blocks: Tensor, dim: int, center: bool, joint: str | None) -> tuple[Tensor, int, Tensor]:
+    """Of (layers, rows, rows) centred blocks of one window: λ = eig(G / D), descending, D, and G itself."""
     layers, rows = blocks.shape[0], blocks.shape[-1]
     traces = _traces(blocks)
-    if center and rows:
-        projector = _centring(rows, blocks)
-        blocks = projector @ blocks @ projector
-        equal_rows = _traces(blocks) <= _RESOLUTION * traces  # all that is left is rounding
-        blocks = torch.where(equal_rows[:, None, None], 0.0, blocks)
-        traces = _traces(blocks)
+    scaled = blocks
     if joint == "trace":
         scaled = torch.where(traces[:, None, None] > 0, blocks / traces[:, None, None], 0.0)
-        log_trace = float((traces / dim).clamp_min(_SMALLEST_TRACE).log().mean())
-    else:
-        scaled = blocks
-        log_trace = math.log(max(float(traces.sum()) / (dim * layers), _SMALLEST_TRACE))
     width, total = dim * layers, scaled.sum(0)
     lam = torch.linalg.eigvalsh(total / width).flip(0).clamp_min(0) if rows else blocks.new_zeros(0)
-    return (lam[: rows - 1] if center and rows else lam), log_trace, width, total
+    return (lam[: rows - 1] if center and rows else lam), width, total
 
 
 def _centring(rows: int, like: Tensor) -> Tensor:
@@ -107,11 +127,12 @@ def _overlap(gram: Tensor, newest: int, center: bool) -> float:
     return float(cross.square().sum()) / math.sqrt(squares * rest)
 
 
-def _descriptors(lam: Tensor, log_trace: float, width: int, overlap: float, noise: str) -> Tensor:
+def _descriptors(lam: Tensor, facts: tuple[float, float, float], width: int, noise: str) -> Tensor:
+    log_trace, mean_share, overlap = facts
     n, trace = len(lam), float(lam.sum())
     five = torch.cat([lam, lam.new_zeros(5)])[:5]
     if trace <= 0:
-        return torch.tensor([0.0] * 6 + [1.0] * 4 + [log_trace] + [0.0] * 12, dtype=torch.float64)
+        return torch.tensor([0.0] * 6 + [1.0] * 4 + [log_trace, mean_share] + [0.0] * 12, dtype=torch.float64)
     p, floor = lam / trace, _RESOLUTION * float(lam[0])
     floored = five.clamp_min(floor)
     ratios = floored[:4] / floored[1:]
@@ -124,6 +145,7 @@ def _descriptors(lam: Tensor, log_trace: float, width: int, overlap: float, nois
     statistic = (width * float(lam[0]) / variance - center) / scale
     scalars = [
         log_trace,
+        mean_share,
         float(-torch.xlogy(p, p).sum()),
         1 / float(p.square().sum()),
         float(relative.var(correction=0)),

@@ -39,6 +39,7 @@ def test_descriptors_stand_in_the_order_of_the_header() -> None:
         "kShareTop5": ["share_top5"],
         "kRatio": [f"ratio_{i + 1}" for i in range(leading - 1)],
         "kLogTrace": ["log_trace"],
+        "kMeanShare": ["mean_share"],
         "kEntropy": ["entropy"],
         "kParticipation": ["participation"],
         "kVariance": ["variance"],

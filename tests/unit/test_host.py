@@ -16,7 +16,9 @@ def test_descriptors_of_given_eigenvalues(n: int, dim: int) -> None:
     lam = np.sort(np.random.default_rng(n).exponential(size=n))[::-1] * 3.0
     gram = torch.from_numpy(np.diag(lam * dim))[None, None]
     want, _ = spectrum_descriptors_ref(gram, torch.tensor([n]), dim, center=False)
-    got = _host.spectral_descriptors(lam, dim, n, law_table(n, dim), 0, float(np.log(lam.sum())), float(want[0, 0, -2]))
+    got = _host.spectral_descriptors(
+        lam, dim, n, law_table(n, dim), 0, float(np.log(lam.sum())), 1 / n, float(want[0, 0, -2])
+    )
     assert got.shape == (len(rmtkernels.DESCRIPTORS),)
     np.testing.assert_allclose(got, want[0, 0], rtol=1e-6)
 
@@ -42,7 +44,7 @@ def test_tracy_widom_is_that_of_the_laws() -> None:
 @pytest.mark.parametrize("lam", [[1.0, 2.0], [-1.0], [np.nan], [[1.0]], [1.0] * 129])
 def test_wrong_eigenvalues_are_refused(lam: list[float]) -> None:
     with pytest.raises(ValueError, match="eigenvalues"):
-        _host.spectral_descriptors(np.array(lam), 10, 128, law_table(128, 10), 0, 0.0, 0.0)
+        _host.spectral_descriptors(np.array(lam), 10, 128, law_table(128, 10), 0, 0.0, 0.0, 0.0)
 
 
 def test_the_build_report_names_the_shared_limits() -> None:

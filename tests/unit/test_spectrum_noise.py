@@ -188,7 +188,11 @@ def test_normalising_forgets_the_length_of_every_row(center: bool, joint: str | 
     )
     for scaled in (rows, rows * lengths):
         got = spectrum_descriptors(*gram_of(scaled), 40, **options)
-        torch.testing.assert_close(got[0], want[0], rtol=2e-5, atol=2e-5)
+        as_they_are = spectrum_descriptors(*gram_of(scaled), 40, **{**options, "normalize": None})
+        trace = DESCRIPTORS.index("log_trace")
+        torch.testing.assert_close(got[0][..., trace], as_they_are[0][..., trace])  # the one that keeps the scale
+        others = [i for i in range(len(DESCRIPTORS)) if i != trace]
+        torch.testing.assert_close(got[0][..., others], want[0][..., others], rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(got[1], want[1], rtol=2e-5, atol=1e-6)
 
 
@@ -199,3 +203,22 @@ def test_normalised_uncentred_rows_have_trace_one_each_and_zero_rows_stay() -> N
     _, lam = spectrum_descriptors(gram, seen, 40, center=False, normalize="rms")
     assert float(lam.sum()) == pytest.approx(5, rel=1e-5)
     assert lam[0, 0, 5] == 0
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_the_share_of_the_mean_is_that_of_the_rows(center: bool) -> None:
+    rows = (
+        normal(2, 1, 9, 40, dtype=torch.float64)
+        + normal(2, 1, 1, 40, seed=1) * torch.tensor([0.5, 4.0])[:, None, None, None]
+    )
+    gram, seen = gram_of(rows)
+    in_mean, energy = 9 * rows.mean(-2).square().sum(-1)[:, 0], rows.square().sum((-2, -1))[:, 0]
+    wanted = {
+        None: in_mean / energy,
+        "none": in_mean.sum(0, keepdim=True) / energy.sum(),
+        "trace": (in_mean / energy).mean(0, keepdim=True),
+    }
+    for joint, want in wanted.items():
+        values, _ = spectrum_descriptors(gram, seen, 40, center=center, joint=joint)
+        torch.testing.assert_close(column(values, "mean_share")[:, 0], want, rtol=1e-5, atol=0)
+    assert of_eigenvalues([1.0] * 8, 40)["mean_share"] == pytest.approx(1 / 8)

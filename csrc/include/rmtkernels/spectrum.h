@@ -20,8 +20,9 @@ enum Descriptor : int {
   kShare = 0,                                // lambda_i / trace, i = 1..5
   kShareTop5 = kShare + kLeading,            // their sum
   kRatio = kShareTop5 + 1,                   // lambda_i / lambda_{i+1}, i = 1..4
-  kLogTrace = kRatio + kLeading - 1,         // ln of the sum of eigenvalues
-  kEntropy = kLogTrace + 1,                  // -sum p ln p, p = lambda / trace, in nats
+  kLogTrace = kRatio + kLeading - 1,         // ln of the sum of eigenvalues, before anything is scaled
+  kMeanShare = kLogTrace + 1,                // share of the rows' energy that is in their mean
+  kEntropy = kMeanShare + 1,                 // -sum p ln p, p = lambda / trace, in nats
   kParticipation = kEntropy + 1,             // 1 / sum p^2
   kVariance = kParticipation + 1,            // of lambda / mean
   kSkewness = kVariance + 1,                 // of lambda
@@ -166,10 +167,16 @@ RMT_HD double wasserstein(const double* lambda, double variance, int rank, const
   return distance / rank;
 }
 
-RMT_HD void empty_descriptors(double log_trace, float* out) {
+// What the eigenvalues do not know: they are those of a window that was centred and perhaps scaled.
+struct WindowFacts {
+  double log_trace, mean_share, overlap;
+};
+
+RMT_HD void empty_descriptors(const WindowFacts& facts, float* out) {
   for (int i = 0; i < kDescriptors; ++i) out[i] = 0.0f;
   for (int i = 0; i + 1 < kLeading; ++i) out[kRatio + i] = 1.0f;
-  out[kLogTrace] = float(log_trace);
+  out[kLogTrace] = float(facts.log_trace);
+  out[kMeanShare] = float(facts.mean_share);
 }
 
 // Noise variance, not below the resolution, so that what is divided by it stays finite.
@@ -180,13 +187,12 @@ RMT_HD double noise_variance(const double* lambda, int n, int64_t dim, int noise
 }
 
 // All descriptors of n eigenvalues in descending order, none negative. An absent eigenvalue has share 0 and ratio 1; a
-// window without energy has ratios 1 and 0 for all else. The logarithm of the trace and the overlap are the caller's:
-// a joint spectrum takes the one before scaling, and eigenvalues do not know the other. `table` is described above.
+// window without energy has ratios 1 and 0 for all else but the facts. `table` is described above.
 RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, int64_t window, int noise,
-                                 const double* table, double log_trace, double overlap, float* out) {
+                                 const double* table, const WindowFacts& facts, float* out) {
   double trace = 0;
   for (int i = 0; i < n; ++i) trace += lambda[i];
-  if (!(trace > 0)) return empty_descriptors(log_trace, out);
+  if (!(trace > 0)) return empty_descriptors(facts, out);
   const double floor = kResolution * lambda[0];
   double top = 0;
   for (int i = 0; i < kLeading; ++i) {
@@ -208,7 +214,8 @@ RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, int64
   int above = 0;
   for (int i = 0; i < n; ++i) above += lambda[i] > edge;
   out[kShareTop5] = float(top);
-  out[kLogTrace] = float(log_trace);
+  out[kLogTrace] = float(facts.log_trace);
+  out[kMeanShare] = float(facts.mean_share);
   out[kEntropy] = float(m.entropy);
   out[kParticipation] = float(1.0 / m.squares);
   out[kVariance] = float(spread > 0 ? spread : 0.0);
@@ -219,7 +226,7 @@ RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, int64
   out[kMpWasserstein] = float(std::log1p(wasserstein(lambda, variance, rank, law + kLawCells)));
   out[kTracyWidom] = float(std::asinh(statistic));
   out[kTracyWidomLogSurvival] = float(tracy_widom_log_survival(table, statistic));
-  out[kOverlap] = float(overlap);
+  out[kOverlap] = float(facts.overlap);
   out[kAboveEdge] = float(above);
 }
 
