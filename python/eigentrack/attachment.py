@@ -1,17 +1,18 @@
 """The hooks of a monitor: they collect what it needs of each forward pass of its model, and of no other."""
 
 import inspect
-import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from threading import Lock, get_ident
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from eigentrack.cache import CacheView, cache_of, look, read_length
+from eigentrack.cache import CacheView, cache_of, keys_of, length_of, read_length
 from eigentrack.compiled import enlist
 from eigentrack.errors import EigenTrackError, TapError
 from eigentrack.passes import Pass
@@ -28,7 +29,7 @@ class Monitor(Protocol):
     def _end_pass(self, view: CacheView, entered: int) -> None: ...
 
 
-_lock = threading.Lock()  # hooks get their numbers from a counter that is not thread-safe
+_lock = Lock()  # hooks get their numbers from a counter that is not thread-safe
 _threads: weakref.WeakKeyDictionary[nn.Module, Counter[int]] = weakref.WeakKeyDictionary()
 
 
@@ -53,7 +54,7 @@ class Attachment:
         self._runner = 0  # the thread that runs the pass
         self._traced: dict[int, Tensor] = {}  # outputs of the taps while torch.compile traces
         self._anchor = enlist(self)
-        self._owner = threading.get_ident()
+        self._owner = get_ident()
         with _lock:
             self._others = _threads.setdefault(model, Counter())
             self._others[self._owner] += 1
@@ -79,13 +80,14 @@ class Attachment:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is not self._model:
                 return
-            traced = torch.compiler.is_compiling()
+            traced = is_compiling()
             entered = 0 if traced else time.perf_counter_ns()
             given = self._arguments(args, kwargs)
             ids, cache = given.get("input_ids"), given.get("past_key_values")
             fed = given.get("inputs_embeds") if ids is None else ids
             mask = _tensor_mask(given.get("attention_mask")) if self._needs_mask else None
-            keys, length, on_device = look(cache)
+            keys = keys_of(cache)
+            length, on_device = length_of(cache)
             cached = _uses_cache(module, given)
             kept = given.get("logits_to_keep")
             candidates = kept - 1 if cached and isinstance(kept, int) and kept > 1 else 0
@@ -103,12 +105,12 @@ class Attachment:
 
     def _tap(self, position: int, watched: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
         def collect(module: nn.Module, args: Any, output: Any) -> None:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 if module is watched:
                     self._trace(position, hidden_state(output).detach())
                 return
             rows = self._rows
-            if not rows or module is not watched or threading.get_ident() != self._runner:
+            if not rows or module is not watched or get_ident() != self._runner:
                 return  # a pass that is not watched, or recomputation after it
             entered = time.perf_counter_ns()
             if rows[position] is not None:
@@ -125,12 +127,12 @@ class Attachment:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if module is not self._model:
                 return
-            traced = torch.compiler.is_compiling()
+            traced = is_compiling()
             entered = 0 if traced else time.perf_counter_ns()
             cache = cache_of(output)
             if cache is None:
                 cache = self._arguments(args, kwargs).get("past_key_values")
-            keys, _, _ = look(cache)
+            keys = keys_of(cache)
             if traced:
                 torch.ops.eigentrack.end_pass_(self._anchor, keys)
             else:
@@ -154,7 +156,7 @@ class Attachment:
 
     def begin(self, given: Pass, entered: int) -> None:
         """The model is called."""
-        thread = threading.get_ident()
+        thread = get_ident()
         if not self._hooks or (thread != self._owner and thread in self._others):
             return
         self.passes += 1
@@ -166,14 +168,14 @@ class Attachment:
 
     def deliver(self, rows: list[Tensor]) -> None:
         """All watched modules have run, in a compiled graph."""
-        if not self._rows or threading.get_ident() != self._runner:
+        if not self._rows or get_ident() != self._runner:
             return
         self._rows = []
         self._monitor._take(rows, time.perf_counter_ns())
 
     def end(self, view: CacheView, entered: int) -> None:
         """The model returns."""
-        if threading.get_ident() != self._runner:
+        if get_ident() != self._runner:
             return
         self._runner = 0
         if self._rows:

@@ -62,21 +62,21 @@ def cache_of(output: Any) -> Any:
     return found
 
 
-def look(cache: Any) -> tuple[Tensor | None, int, Tensor | None]:
-    """Keys of the first layer that has any, and the length: as a number, or -1 and the tensor that holds it.
-
-    torch.compile traces it.
-    """
-    if cache is None:
-        return None, 0, None
-    found = None
+def keys_of(cache: Any) -> Tensor | None:
+    """Keys of the cache's first layer that has any. torch.compile traces it."""
     for layer in getattr(cache, "layers", ()):
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor):
-            found = keys
-            break
+            return keys
+    return None
+
+
+def length_of(cache: Any) -> tuple[int, Tensor | None]:
+    """Tokens in the cache: as a number, or -1 and the tensor that holds it. torch.compile traces it."""
+    if cache is None:
+        return 0, None
     length = cache.get_seq_length()
-    return (found, -1, length) if isinstance(length, Tensor) else (found, length, None)
+    return (-1, length) if isinstance(length, Tensor) else (length, None)
 
 
 def read_length(length: int, on_device: Tensor | None, may_wait: bool) -> int | None:

@@ -63,6 +63,7 @@ class Request:
     def _begin(self, batch: int, device: torch.device) -> None:
         self.number += 1
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self._column = self.alive[:, None]
         self._ends = torch.tensor(self._end_tokens, dtype=torch.int64, device=device)
         # Scratch of row_mask, so that a decode step allocates nothing.
         self._differs = torch.empty(batch, len(self._end_tokens), dtype=torch.bool, device=device)
@@ -123,7 +124,7 @@ class Request:
 
     def tokens(self, t: int) -> Tensor | None:
         """(B, 1) tokens of row t, or None."""
-        return None if self.ids is None else self.ids[:, t : t + 1]
+        return self.ids if self.ids is None or self._shape[1] == 1 else self.ids[:, t : t + 1]
 
     def row_mask(self, t: int) -> Tensor | None:
         """(B, 1) bool: sequences whose row t is watched; None for all. Neither padding is, nor what follows an end."""
@@ -138,7 +139,7 @@ class Request:
             torch.ne(ids, self._ends, out=self._differs)
             torch.all(self._differs, 1, out=self._goes_on)
             self.alive.logical_and_(self._goes_on)
-        return self.alive[:, None]
+        return self._column
 
     def _prompt_mask(self, mask: Tensor | None, past: int | None, batch: int, steps: int) -> Tensor | None:
         """(B, T) bool: no padding. From the mask of tokens, or from where each token may look at itself.
