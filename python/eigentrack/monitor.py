@@ -47,7 +47,8 @@ class EigenTrack:
         start: "answer" watches what is generated (each token fed with a cache behind it), "prompt" every token.
         tap: "residual" for the residual stream behind each block, "mlp" for what the block's feed-forward part adds.
         modules: modules to watch instead of blocks; each must return a (B, T, D) hidden state.
-        normalize: "rms" divides each activation by its root mean square first, None leaves it as it is.
+        normalize: "rms" divides each activation by its root mean square first, as the model's own norms do; None leaves
+            it as it is, so that the longest rows rule the spectrum.
         center: subtract the window's mean activation.
         noise: the noise variance: "median" eigenvalue over the law's median, or "trace" for the mean eigenvalue.
         layer_scale: for joint spectra, "trace" divides each layer's Gram matrix by its own trace, "none" does not (the
@@ -75,7 +76,7 @@ class EigenTrack:
         *,
         tap: str = "residual",
         modules: Sequence[nn.Module] | None = None,
-        normalize: str | None = None,
+        normalize: str | None = "rms",
         center: bool = True,
         noise: str = "median",
         layer_scale: str = "trace",

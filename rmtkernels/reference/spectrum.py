@@ -165,7 +165,7 @@ def _descriptors(lam: Tensor, facts: tuple[float, float, float], width: int, noi
 def _divergence(x: Tensor, q: float) -> float:
     """Kullback-Leibler divergence of the histogram of ln x from that of the law."""
     mass = _histogram(x, torch.full_like(x, 1 / len(x)))
-    law = (1 - _BIN_FLOOR) * _histogram(*_quadrature(q)) + _BIN_FLOOR / _BINS
+    law = (1 - _BIN_FLOOR) * _law_histogram(q) + _BIN_FLOOR / _BINS
     return float((torch.xlogy(mass, mass) - mass * law.log()).sum())
 
 
@@ -174,6 +174,11 @@ def _histogram(x: Tensor, weights: Tensor) -> Tensor:
     position = ((x.log() - _BIN_START) / _BIN_STEP).clamp(0, _BINS - 1)
     hats = (1 - (position[:, None] - torch.arange(_BINS)).abs()).clamp_min(0)
     return weights @ hats
+
+
+@lru_cache(maxsize=256)
+def _law_histogram(q: float) -> Tensor:
+    return _histogram(*_quadrature(q))
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import torch
 from transformers import BatchEncoding
 
 import eigentrack
-from bench.experiments import reference_ood
+from bench.experiments import defaults, reference_ood
 from tests.integration.test_monitor import hooks_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,14 +65,17 @@ def test_the_snippets_of_the_guide(
     assert names["track"].tokens.tolist() == names["ids"][:, 1:].tolist()
 
 
-def test_the_figures_of_the_guide_are_those_of_the_committed_result() -> None:
+@pytest.mark.parametrize(
+    ("page", "experiment"), [("eigentrack.md", reference_ood), ("conventions.md", defaults)], ids=["guide", "defaults"]
+)
+def test_the_figures_of_a_page_are_those_of_the_committed_result(page: str, experiment: ModuleType) -> None:
     made = re.search(
-        r"<!-- made by: python -m bench\.experiments\.reference_ood -->\n(.*?)\n<!-- end of table -->",
-        (ROOT / "docs/eigentrack.md").read_text(),
+        rf"<!-- made by: python -m {re.escape(experiment.__name__)} -->\n(.*?)\n<!-- end of table -->",
+        (ROOT / "docs" / page).read_text(),
         re.DOTALL,
     )
     assert made is not None
-    assert made[1] == reference_ood.table(json.loads(reference_ood.RESULT.read_text()))
+    assert made[1] == experiment.table(json.loads(experiment.RESULT.read_text()))
 
 
 def test_the_experiment_s_auroc_and_baselines() -> None:

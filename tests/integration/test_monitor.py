@@ -41,7 +41,7 @@ def oracle(model: Any, tokens: Tensor, first: int, layers: list[int], joint: str
         blocks = hidden_states(model, tokens)
     grams = [window_gram_ref(blocks[i][:, first:], WINDOW, dtype=torch.float64) for i in layers]
     gram, seen = torch.cat([g for g, _ in grams]), grams[0][1][0]
-    values, _ = spectrum_descriptors_ref(gram, seen, blocks[0].shape[-1], joint=joint)
+    values, _ = spectrum_descriptors_ref(gram, seen, blocks[0].shape[-1], joint=joint, normalize="rms")
     return values.transpose(0, 1).flatten(1)
 
 

@@ -145,9 +145,10 @@ def test_in_a_second_turn_everybody_takes_part_again(llama: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"center": False, "noise": "trace"},
+        {"center": False, "noise": "trace", "normalize": None},
         {"normalize": "rms"},
-        {"spectra": "joint", "layer_scale": "none"},
+        {"normalize": None},
+        {"spectra": "joint", "layer_scale": "none", "normalize": None},
         {"spectra": "joint", "layer_scale": "trace", "normalize": "rms"},
     ],
 )
