@@ -16,6 +16,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     Qwen2Config,
+    StaticCache,
 )
 
 from eigentrack import EigenTrack, TapError, UnsupportedGenerationError, UnsupportedModelError
@@ -253,3 +254,17 @@ def test_only_the_vision_tower_is_larger() -> None:
     assert blocks == list(model.model.language_model.layers)
     vision = model.model.vision_tower
     assert sum(p.numel() for p in vision.parameters()) > sum(p.numel() for p in model.model.language_model.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_padding_in_a_prepared_mask_behind_a_filled_cache(llama: Any, kind: torch.dtype) -> None:
+    ids = prompt(2, 7)
+    mask = torch.ones(7, 32, dtype=torch.bool).tril()[4:].repeat(2, 1, 1, 1)
+    mask[0, :, 2] = False  # the last token of the first sequence
+    if kind == torch.float32:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    cache = StaticCache(config=llama.config, max_cache_len=32)
+    with EigenTrack(llama, start="prompt", window=WINDOW) as track, torch.no_grad():
+        llama(ids[:, :4], past_key_values=cache)
+        llama(ids[:, 4:], past_key_values=cache, attention_mask=mask)
+    assert track.watched.tolist() == [[True] * 6 + [False], [True] * 7]
