@@ -260,7 +260,7 @@ def test_only_the_vision_tower_is_larger() -> None:
 def test_padding_in_a_prepared_mask_behind_a_filled_cache(llama: Any, kind: torch.dtype) -> None:
     ids = prompt(2, 7)
     mask = torch.ones(7, 32, dtype=torch.bool).tril()[4:].repeat(2, 1, 1, 1)
-    mask[0, :, 2] = False  # the last token of the first sequence
+    mask[0, :, :, 6] = False  # the last token of the first sequence
     if kind == torch.float32:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     cache = StaticCache(config=llama.config, max_cache_len=32)
