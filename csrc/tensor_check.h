@@ -145,9 +145,9 @@ inline CovarianceShape check_covariance_update(const Tensor& mean, const Tensor&
   STD_TORCH_CHECK(!mask || (mask->dim() == 1 && mask->size(0) == n && mask->is_cpu() == mean.is_cpu() &&
                             mask->scalar_type() == ScalarType::Bool),
                   "covariance_update_: mask must be bool (n,) on the state's device");
-  STD_TORCH_CHECK(scatter.is_cpu() == mean.is_cpu() && totals.is_cpu() == mean.is_cpu() &&
-                      batch.is_cpu() == mean.is_cpu(),
-                  "covariance_update_: state and batch must be on one device");
+  STD_TORCH_CHECK(
+      scatter.is_cpu() == mean.is_cpu() && totals.is_cpu() == mean.is_cpu() && batch.is_cpu() == mean.is_cpu(),
+      "covariance_update_: state and batch must be on one device");
   check_has_data(mean, "covariance_update_: mean");
   check_has_data(scatter, "covariance_update_: scatter");
   check_has_data(totals, "covariance_update_: totals");

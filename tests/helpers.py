@@ -8,6 +8,7 @@ from torch import Tensor
 import rmtkernels
 
 COVARIANCE_LAYOUTS = ("dense", "sliced", "transposed", "every_other", "one_row", "one_column")
+UPPER = 7.25  # what the strict upper triangle of a scatter matrix holds, which nothing may touch
 LAYOUTS = ("dense", "sliced", "transposed", "every_other", "expanded_batch", "expanded_row", "flat")
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -55,9 +56,11 @@ class Covariance(NamedTuple):
 
 
 def empty_covariance(dim: int, dtype: torch.dtype = torch.float32) -> Covariance:
-    """No rows yet; NaN wherever nothing has a meaning."""
+    """No rows yet; NaN wherever nothing has a meaning, but UPPER above the diagonal: NaN would hide an addition."""
     mean = torch.full((dim,), torch.nan, dtype=torch.float64)
-    return Covariance(mean, torch.full((dim, dim), torch.nan, dtype=dtype), torch.zeros(5, dtype=torch.float64))
+    scatter = torch.full((dim, dim), torch.nan, dtype=dtype)
+    scatter[torch.ones(dim, dim, dtype=torch.bool).triu(1)] = UPPER
+    return Covariance(mean, scatter, torch.zeros(5, dtype=torch.float64))
 
 
 def covariance_of(*batches: Tensor, dtype: torch.dtype = torch.float32) -> Covariance:

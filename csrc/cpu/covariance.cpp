@@ -55,8 +55,8 @@ struct Sample {
   int64_t rejected = 0;
 
   RowList rows(const Tensor& batch, size_t begin, size_t end) const {
-    return {batch.const_data_ptr(), dtype_of(batch), batch.stride(0), index.data() + begin, weight.data() + begin,
-            int64_t(end - begin)};
+    return {batch.const_data_ptr(), dtype_of(batch),       batch.stride(0),
+            index.data() + begin,   weight.data() + begin, int64_t(end - begin)};
   }
 };
 
@@ -129,9 +129,8 @@ struct Scatter {
 
   void scale(double factor) const {
     if (factor == 1) return;
-    for_strips(dim, 64, [&](int64_t begin, int64_t end) {
-      kernel.scale_lower(data, is_double, dim, factor, begin, end);
-    });
+    for_strips(dim, 64,
+               [&](int64_t begin, int64_t end) { kernel.scale_lower(data, is_double, dim, factor, begin, end); });
   }
 
   void pack(int64_t place, const RowList& rows, const double* mean) {
@@ -149,8 +148,8 @@ struct Scatter {
       while ((i + 1) * (i + 2) / 2 <= block) ++i;
       const int64_t j = block - i * (i + 1) / 2;
       kernel.add_scatter(data, from, is_double, depth, dim,
-                            {i * kBlockPanels, std::min(panels, (i + 1) * kBlockPanels), j * kBlockPanels,
-                             std::min(panels, (j + 1) * kBlockPanels)});
+                         {i * kBlockPanels, std::min(panels, (i + 1) * kBlockPanels), j * kBlockPanels,
+                          std::min(panels, (j + 1) * kBlockPanels)});
     });
   }
 };
@@ -203,7 +202,8 @@ void covariance_update_(Tensor mean, Tensor scatter, Tensor totals, Tensor batch
     sums.add_packed(count + last);
   }
   for (int64_t j = 0; j < shape.dim; ++j)
-    center[j] = fresh ? sample.mean[size_t(j)] : center[j] + (sample.total / after) * (sample.mean[size_t(j)] - center[j]);
+    center[j] =
+        fresh ? sample.mean[size_t(j)] : center[j] + (sample.total / after) * (sample.mean[size_t(j)] - center[j]);
   total[kTotalSquares] = (fresh ? 0 : decay * decay * total[kTotalSquares]) + sample.squares;
   total[kTotalWeight] = after;
   total[kTotalRows] += double(sample.index.size());

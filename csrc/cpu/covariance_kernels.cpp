@@ -1,9 +1,9 @@
 // Mean and scatter matrix of a batch of rows. Compiled once per instruction set.
 //
-// The scatter matrix is a symmetric rank-k update by half of a matrix product: rows, centred in float64, are packed into
-// panels of kWidth columns; a tile of kTileRows x kWidth products stays in registers while it runs through kDepth rows,
-// and only panel pairs that touch the lower triangle are multiplied. Each entry is summed in the order of the rows, so
-// neither the split over threads nor the split into tiles changes a bit.
+// The scatter matrix is a symmetric rank-k update by half of a matrix product: rows, centred in float64, are packed
+// into panels of kWidth columns; a tile of kTileRows x kWidth products stays in registers while it runs through kDepth
+// rows, and only panel pairs that touch the lower triangle are multiplied. Each entry is summed in the order of the
+// rows, so neither the split over threads nor the split into tiles changes a bit.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -115,7 +115,8 @@ RMT_INLINE int64_t packed_row(int64_t panel, int64_t k, int64_t dim) {
   return ((k / kScatterDepth * panels + panel) * kScatterDepth + k % kScatterDepth) * kWidth<T>;
 }
 
-// sqrt(weight) (x - mean) for the panels begin .. end - 1, from row `place` on; columns past the last are 0.
+// sqrt(weight) (x - mean) for the panels begin .. end - 1, from row `place` on; columns past the last are 0:
+// their products are thrown away, but subnormal leftovers would slow some processors down.
 template <class T, class X>
 void pack_rows_of(T* packed, int64_t place, const RowList& rows, const double* mean, int64_t dim, int64_t begin,
                   int64_t end) {
@@ -214,7 +215,8 @@ void scale_lower_of(T* scatter, int64_t dim, T scale, int64_t begin, int64_t end
 }
 
 template <class T>
-void pack_rows_as(T* packed, int64_t place, const RowList& rows, const double* mean, int64_t dim, int64_t begin, int64_t end) {
+void pack_rows_as(T* packed, int64_t place, const RowList& rows, const double* mean, int64_t dim, int64_t begin,
+                  int64_t end) {
   switch (rows.type) {
     case DType::kBFloat16:
       return pack_rows_of<T, bfloat16>(packed, place, rows, mean, dim, begin, end);
@@ -264,8 +266,8 @@ void scale_lower(void* scatter, bool is_double, int64_t dim, double scale, int64
 
 int64_t panel_width(bool is_double) { return is_double ? kWidth<double> : kWidth<float>; }
 
-void pack_rows(void* packed, bool is_double, int64_t place, const RowList& rows, const double* mean, int64_t dim, int64_t begin,
-               int64_t end) {
+void pack_rows(void* packed, bool is_double, int64_t place, const RowList& rows, const double* mean, int64_t dim,
+               int64_t begin, int64_t end) {
   if (is_double)
     pack_rows_as(static_cast<double*>(packed), place, rows, mean, dim, begin, end);
   else

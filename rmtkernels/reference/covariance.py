@@ -35,7 +35,7 @@ def covariance_update_ref_(
     gap = new_mean - old_mean
     between = before * (total / (before + total))
     new_scatter = old_scatter + centred.T @ (weight * centred) + between * torch.outer(gap, gap)
-    if not new_scatter.diagonal().sum() <= largest / 2:
+    if not (before >= 0 and before + total < torch.inf and new_scatter.diagonal().sum() <= largest / 2):
         raise RangeError("out of range: the sums would overflow, or the state is not finite")
     lower = torch.ones_like(scatter, dtype=torch.bool).tril()
     scatter[lower] = new_scatter[lower].to(scatter.dtype)
