@@ -60,7 +60,8 @@ def measure(prepared: Case) -> dict[str, Any]:
         print(line)
     result: dict[str, Any] = {"seconds": medians, "ratios": ratios, "extra": prepared.extra()}
     if prepared.bytes_read:
-        floor = max(prepared.bytes_read / copy_bandwidth(prepared.bytes_read), prepared.flops / gemm_peak())
+        arithmetic = prepared.flops / gemm_peak(prepared.flops_dtype)
+        floor = max(prepared.bytes_read / copy_bandwidth(prepared.bytes_read), arithmetic)
         result["floor_seconds"] = floor
         what = "floor: its bytes or operations at the peak"
         print(f"  {what:<44} {floor * 1e6:10.1f} us   {floor / medians['ours']:.0%} reached")

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass(frozen=True)
 class Case:
@@ -13,8 +15,8 @@ class Case:
         peers: the same job by others; a name that starts with "best of:" marks candidates of which the fastest counts.
         verify: raises AssertionError if ours or a peer computes something else than the oracle.
         targets: lowest ratio peer / ours to reach, by peer ("best" for the fastest candidate).
-        bytes_read, flops: what a call cannot avoid reading and computing; copy bandwidth and the float64 GEMM peak,
-            measured in the same run, make a floor of the slower of the two.
+        bytes_read, flops: what a call cannot avoid reading and computing; copy bandwidth and the GEMM peak of
+            `flops_dtype`, measured in the same run, make a floor of the slower of the two.
         extra: further figures of ours, taken after the timing, and the highest value each may have.
     """
 
@@ -24,6 +26,7 @@ class Case:
     targets: dict[str, float]
     bytes_read: int = 0
     flops: int = 0
+    flops_dtype: torch.dtype = torch.float64
     extra: Callable[[], dict[str, float]] = dict
     limits: dict[str, float] = field(default_factory=dict)
     rounds: int = 60

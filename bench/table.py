@@ -9,7 +9,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"{machine['cpu']}, {machine['instruction set']} kernels, torch {machine['torch']}; a ratio is the median over "
         "rounds in turn, with the interval of 90 % of them; the floor is what its bytes or operations take at the copy "
-        "bandwidth or float64 GEMM peak of the same run.",
+        "bandwidth or GEMM peak of the same run, float64 but for `covariance`.",
         "",
         "| case | ours | against | ratio | target | floor |",
         "|---|---|---|---|---|---|",

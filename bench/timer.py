@@ -41,9 +41,9 @@ def copy_bandwidth(footprint: int) -> float:
     return 2 * source.numel() * 4 / seconds
 
 
-def gemm_peak() -> float:
-    """Float64 operations per second of a matrix product that fits the cache, with the threads in force."""
+def gemm_peak(dtype: torch.dtype) -> float:
+    """Operations per second of a matrix product that fits the cache, with the threads in force."""
     size = 384
-    matrix = torch.ones(size, size, dtype=torch.float64)
+    matrix = torch.ones(size, size, dtype=dtype)
     seconds = float(np.median(interleave({"gemm": lambda: matrix @ matrix}, rounds=20)["gemm"]))
     return 2 * size**3 / seconds

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "rmtkernels/covariance.h"
 #include "rmtkernels/sliding_window.h"
 #include "rmtkernels/spectrum.h"
 
@@ -112,6 +113,48 @@ inline SpectrumShape check_spectrum_descriptors(const Tensor& descriptors, const
   check_has_data(gram, "spectrum_descriptors_: gram");
   check_has_data(seen, "spectrum_descriptors_: seen");
   return {L, B, N};
+}
+
+// Shapes of one covariance update: `rows` rows of `dim` columns.
+struct CovarianceShape {
+  int64_t rows, dim;
+  bool is_double;
+};
+
+inline CovarianceShape check_covariance_update(const Tensor& mean, const Tensor& scatter, const Tensor& totals,
+                                               const Tensor& batch, const std::optional<Tensor>& weights,
+                                               const std::optional<Tensor>& mask, double decay) {
+  STD_TORCH_CHECK(mean.dim() == 1 && mean.is_contiguous() && mean.scalar_type() == ScalarType::Double,
+                  "covariance_update_: mean must be contiguous float64 (D,)");
+  const int64_t D = mean.size(0);
+  const bool is_double = scatter.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(scatter.dim() == 2 && scatter.is_contiguous() && scatter.size(0) == D && scatter.size(1) == D &&
+                      (is_double || scatter.scalar_type() == ScalarType::Float),
+                  "covariance_update_: scatter must be contiguous float32 or float64 (D, D)");
+  STD_TORCH_CHECK(totals.dim() == 1 && totals.is_contiguous() && totals.scalar_type() == ScalarType::Double &&
+                      totals.size(0) == kCovarianceTotals,
+                  "covariance_update_: totals must be contiguous float64 (", int(kCovarianceTotals), ",)");
+  STD_TORCH_CHECK(batch.dim() == 2 && batch.size(1) == D, "covariance_update_: batch must be (n, ", D, ")");
+  const int64_t n = batch.size(0);
+  STD_TORCH_CHECK(n <= kMaxSize, "covariance_update_: ", n, " rows are too many for one call");
+  STD_TORCH_CHECK(decay > 0 && decay <= 1, "covariance_update_: decay must be in (0, 1], got ", decay);
+  STD_TORCH_CHECK(
+      !weights || (weights->dim() == 1 && weights->size(0) == n && weights->is_cpu() == mean.is_cpu() &&
+                   (weights->scalar_type() == ScalarType::Double || weights->scalar_type() == ScalarType::Float)),
+      "covariance_update_: weights must be float32 or float64 (n,) on the state's device");
+  STD_TORCH_CHECK(!mask || (mask->dim() == 1 && mask->size(0) == n && mask->is_cpu() == mean.is_cpu() &&
+                            mask->scalar_type() == ScalarType::Bool),
+                  "covariance_update_: mask must be bool (n,) on the state's device");
+  STD_TORCH_CHECK(
+      scatter.is_cpu() == mean.is_cpu() && totals.is_cpu() == mean.is_cpu() && batch.is_cpu() == mean.is_cpu(),
+      "covariance_update_: state and batch must be on one device");
+  check_has_data(mean, "covariance_update_: mean");
+  check_has_data(scatter, "covariance_update_: scatter");
+  check_has_data(totals, "covariance_update_: totals");
+  check_has_data(batch, "covariance_update_: batch");
+  if (weights) check_has_data(*weights, "covariance_update_: weights");
+  if (mask) check_has_data(*mask, "covariance_update_: mask");
+  return {n, D, is_double};
 }
 
 }  // namespace rmtkernels

@@ -7,9 +7,18 @@ from importlib import metadata
 
 from rmtkernels import _native
 from rmtkernels.dispatch import cpu_isa, cpu_isas, set_cpu_isa, use_backend
-from rmtkernels.errors import BackendError, DeviceError, DtypeError, RmtkernelsError, ShapeError
+from rmtkernels.errors import (
+    BackendError,
+    DeviceError,
+    DtypeError,
+    RangeError,
+    RmtkernelsError,
+    ShapeError,
+    StateError,
+)
 from rmtkernels.ops import (
     DESCRIPTORS,
+    covariance_update_,
     spectrum_descriptors,
     spectrum_descriptors_,
     spectrum_eigvalsh,
@@ -17,6 +26,7 @@ from rmtkernels.ops import (
     window_push_,
 )
 from rmtkernels.states import SlidingWindow
+from rmtkernels.streaming_covariance import StreamingCovariance
 
 _native.load()
 
@@ -40,9 +50,13 @@ __all__ = [
     "BackendError",
     "DeviceError",
     "DtypeError",
+    "RangeError",
     "RmtkernelsError",
     "ShapeError",
     "SlidingWindow",
+    "StateError",
+    "StreamingCovariance",
+    "covariance_update_",
     "cpu_isa",
     "cpu_isas",
     "set_cpu_isa",

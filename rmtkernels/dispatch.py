@@ -15,7 +15,7 @@ import torch
 from rmtkernels import _native
 from rmtkernels.errors import BackendError
 
-OPERATORS = ("window_push_", "window_gram", "spectrum_eigvalsh", "spectrum_descriptors_")
+OPERATORS = ("window_push_", "window_gram", "spectrum_eigvalsh", "spectrum_descriptors_", "covariance_update_")
 BACKENDS = ("cpu", "cuda", "reference")
 
 _LIBRARY_OF = {"cpu": "_C", "cuda": "_C_cuda"}

@@ -17,5 +17,13 @@ class DeviceError(RmtkernelsError, ValueError):
     """Tensors that must live on one device do not."""
 
 
+class RangeError(RmtkernelsError, ValueError):
+    """A number lies outside what the operator takes, or what comes out would not fit its dtype."""
+
+
+class StateError(RmtkernelsError, RuntimeError):
+    """What a state has been through does not allow what was asked of it."""
+
+
 class BackendError(RmtkernelsError, RuntimeError):
     """A backend was asked for that is not there, or none is."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 import rmtkernels
 
+COVARIANCE_LAYOUTS = ("dense", "sliced", "transposed", "every_other", "one_row", "one_column")
+UPPER = 7.25  # what the strict upper triangle of a scatter matrix holds, which nothing may touch
 LAYOUTS = ("dense", "sliced", "transposed", "every_other", "expanded_batch", "expanded_row", "flat")
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,6 +42,37 @@ def pushed(state: State, rows: list[Tensor], mask: Tensor | None = None) -> Stat
     state = state.copy()
     rmtkernels.window_push_(*state, rows, mask)
     return state
+
+
+class Covariance(NamedTuple):
+    """The buffers of covariance_update_."""
+
+    mean: Tensor
+    scatter: Tensor
+    totals: Tensor
+
+    def copy(self) -> "Covariance":
+        return Covariance(*(tensor.clone() for tensor in self))
+
+
+def empty_covariance(dim: int, dtype: torch.dtype = torch.float32) -> Covariance:
+    """No rows yet; NaN wherever nothing has a meaning, but UPPER above the diagonal: NaN would hide an addition."""
+    mean = torch.full((dim,), torch.nan, dtype=torch.float64)
+    scatter = torch.full((dim, dim), torch.nan, dtype=dtype)
+    scatter[torch.ones(dim, dim, dtype=torch.bool).triu(1)] = UPPER
+    return Covariance(mean, scatter, torch.zeros(5, dtype=torch.float64))
+
+
+def covariance_of(*batches: Tensor, dtype: torch.dtype = torch.float32) -> Covariance:
+    """The state that these batches leave."""
+    state = empty_covariance(batches[0].shape[1], dtype)
+    for batch in batches:
+        rmtkernels.covariance_update_(*state, batch)
+    return state
+
+
+def same_covariance(a: Covariance, b: Covariance) -> bool:
+    return all(map(same_bits, a, b))
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -83,6 +116,27 @@ def rows_in_layout(
     if layout == "flat" and steps == 1:
         return draw(dim, batch).T
     return draw(batch, steps, dim)
+
+
+def samples_in_layout(
+    layout: str, rows: int, dim: int, seed: int, dtype: torch.dtype, scale: float, offset: float
+) -> Tensor:
+    """(n, D) rows with mean scale * offset, of the asked memory layout."""
+
+    def draw(*shape: int) -> Tensor:
+        return ((normal(*shape, seed=seed, dtype=torch.float64) + offset) * scale).to(dtype)
+
+    if layout == "sliced":
+        return draw(rows + 3, dim + 5)[2:-1, 3:-2]
+    if layout == "transposed":
+        return draw(dim, rows).T
+    if layout == "every_other":
+        return draw(2 * rows, 2 * dim)[::2, ::2]
+    if layout == "one_row":
+        return draw(1, dim).expand(rows, dim)
+    if layout == "one_column":
+        return draw(rows, 1).expand(rows, dim)
+    return draw(rows, dim)
 
 
 def gram_of(rows: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@
 
 namespace rmtkernels {
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 struct DescriptorArgs {
   const float* gram;    // (layers, batch, window, window)
@@ -24,6 +24,22 @@ struct DescriptorArgs {
   bool normalize;  // rows of activations to mean square 1 first
 };
 
+// The rows of a batch that count: rows[index[k] * stride ...], unit stride within, with their weights.
+struct RowList {
+  const void* rows;
+  DType type;
+  int64_t stride;
+  const int64_t* index;
+  const double* weight;
+  int64_t count;
+};
+
+// Panels of columns of a packed batch: the part of the scatter matrix that one thread adds to.
+struct PanelBlock {
+  int64_t row_begin, row_end, column_begin, column_end;
+};
+constexpr int64_t kScatterDepth = 128;  // rows summed in registers before their sum goes to memory
+
 // One table per instruction set. Problems are numbered; a call does problems begin .. end - 1.
 struct Kernels {
   // Converts a strided row to float32 and returns its squared norm.
@@ -35,6 +51,20 @@ struct Kernels {
   void (*eigvalsh_f64)(const double* matrices, double* eigenvalues, int64_t n, int64_t begin, int64_t end);
   // A problem is layer * batch + sequence, or a sequence alone if the layers are joined.
   void (*descriptors)(const DescriptorArgs& args, int64_t begin, int64_t end);
+  // In float64, overflow included.
+  double (*squared_norm)(const void* row, DType type, int64_t dim);
+  // sums[j] += sum of weight * row[j] over the rows in their order, for the columns j = begin .. end - 1.
+  void (*add_rows)(double* sums, const RowList& rows, int64_t begin, int64_t end);
+  // Columns of a panel. The scatter matrix and what is packed are float32, or float64 if `is_double`.
+  int64_t (*panel_width)(bool is_double);
+  // Packs sqrt(weight) (row - mean) as rows place, place + 1, ... of the panels begin .. end - 1.
+  void (*pack_rows)(void* packed, bool is_double, int64_t place, const RowList& rows, const double* mean, int64_t dim,
+                    int64_t begin, int64_t end);
+  // Adds the outer products of `depth` packed rows to the lower triangle of the (dim, dim) scatter matrix.
+  void (*add_scatter)(void* scatter, const void* packed, bool is_double, int64_t depth, int64_t dim,
+                      const PanelBlock& block);
+  // Multiplies the lower triangle's rows begin .. end - 1; by 0 without reading them.
+  void (*scale_lower)(void* scatter, bool is_double, int64_t dim, double scale, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();

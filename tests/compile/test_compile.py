@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rmtkernels
 from rmtkernels import (
     DESCRIPTORS,
+    StreamingCovariance,
+    covariance_update_,
     dispatch,
     spectrum_descriptors,
     spectrum_descriptors_,
@@ -20,7 +22,19 @@ from rmtkernels import (
     window_push_,
 )
 from rmtkernels.ops.law_table import law_table
-from tests.helpers import State, empty_state, gram_of, normal, pushed, same_bits, same_state
+from tests.helpers import (
+    Covariance,
+    State,
+    covariance_of,
+    empty_covariance,
+    empty_state,
+    gram_of,
+    normal,
+    pushed,
+    same_bits,
+    same_covariance,
+    same_state,
+)
 
 OPS = torch.ops.rmtkernels
 F = len(DESCRIPTORS)
@@ -47,6 +61,11 @@ def descriptor_arguments(joint: int, center: bool) -> tuple[Any, ...]:
     return (*out, gram, seen - 2, torch.tensor(law_table(6, 9 * (2 if joint else 1))), 9, center, joint, center, 1)
 
 
+def update_arguments(rows: int, state: torch.dtype, dtype: torch.dtype, weighted: bool) -> tuple[Any, ...]:
+    weights, mask = (normal(rows, seed=6).abs(), normal(rows, seed=8) > -0.5) if weighted else (None, None)
+    return (*covariance_of(normal(20, 9), dtype=state), normal(rows, 9, seed=5, dtype=dtype), weights, mask, 0.9)
+
+
 OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
     ("window_push_", push_arguments(None, torch.float32, False)),
     ("window_push_", push_arguments(None, torch.bfloat16, True)),
@@ -61,6 +80,9 @@ OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
     ("spectrum_descriptors_", descriptor_arguments(0, True)),
     ("spectrum_descriptors_", descriptor_arguments(1, False)),
     ("spectrum_descriptors_", descriptor_arguments(2, True)),
+    ("covariance_update_", update_arguments(7, torch.float32, torch.float32, False)),
+    ("covariance_update_", update_arguments(7, torch.float64, torch.bfloat16, True)),
+    ("covariance_update_", update_arguments(0, torch.float32, torch.float16, True)),
     ("spectrum_laws", (torch.zeros(2), 6, 9)),
 ]
 
@@ -153,6 +175,7 @@ def test_the_first_use_of_an_operator_may_be_a_compiled_one(monkeypatch: pytest.
     for function, arguments in (
         (lambda s, rows: window_push_(s.ring, s.gram, s.seen, rows), (empty_state(1, 2, 3, 4), [normal(2, 4)])),
         (lambda h: window_gram(h, 3), (normal(1, 5, 4),)),
+        (lambda s, batch: covariance_update_(s.mean, s.scatter, s.totals, batch), (empty_covariance(4), normal(5, 4))),
         (spectrum_eigvalsh, (normal(4, 4),)),
         (lambda g, s: spectrum_descriptors(g, s, 4), gram_of(normal(1, 1, 3, 4))),
     ):
@@ -190,6 +213,36 @@ def test_a_compiled_push_survives_changing_batch_sizes() -> None:
         compiled(*state, rows)
         assert same_state(state, pushed(empty_state(2, batch, 4, 9), rows))
     assert counter.frame_count == 1
+
+
+def test_a_compiled_stream_leaves_the_same_covariance() -> None:
+    def watch(state: Covariance, hidden: Tensor, keep: Tensor) -> None:
+        for layer in hidden:
+            covariance_update_(*state, layer * 2, mask=keep, decay=0.9)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(watch, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (6, 9, 40, 300):  # sizes that are equal by chance would be tied
+        hidden, keep = normal(3, rows, 7, seed=rows), normal(rows) > -0.5
+        got, want = empty_covariance(7), empty_covariance(7)
+        compiled(got, hidden, keep)
+        watch(want, hidden, keep)
+        assert same_covariance(got, want)
+    assert counter.frame_count == 1
+
+
+def test_a_state_is_updated_within_a_compiled_function() -> None:
+    state, want = StreamingCovariance(6), StreamingCovariance(6)
+
+    def watch(hidden: Tensor) -> Tensor:
+        state.update(hidden)
+        return hidden + 1
+
+    compiled = torch.compile(watch, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        compiled(normal(8, 6, seed=seed))
+        want.update(normal(8, 6, seed=seed))
+    assert want.rows == 24 and same_bits(state.scatter, want.scatter) and same_bits(state.totals, want.totals)
 
 
 class Watched(nn.Module):

@@ -8,10 +8,11 @@ import torch
 from rmtkernels import DESCRIPTORS
 from rmtkernels.laws.tracy_widom_table import LOG_SURVIVAL, TABLE_START, TABLE_STEP
 from rmtkernels.ops import law_table
+from rmtkernels.ops.covariance import TOTALS
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 from rmtkernels.ops.spectrum import _JOINT, _NOISE
 from rmtkernels.reference import spectrum as reference
-from tests.helpers import empty_state, normal, pushed
+from tests.helpers import covariance_of, empty_state, normal, pushed
 
 HEADERS = Path(__file__).resolve().parents[2] / "csrc" / "include" / "rmtkernels"
 
@@ -91,3 +92,13 @@ def test_columns_of_seen() -> None:
     seen = pushed(empty_state(1, 1, 3, 3), [rows]).seen[0]
     assert len(seen) == header["kSeenColumns"]
     assert (seen[header["kSeenRows"]], seen[header["kSeenRejected"]], seen[header["kSeenSlot"]]) == (4, 1, 0)
+
+
+def test_entries_of_totals() -> None:
+    header = constants("covariance.h")
+    rows = normal(5, 3)
+    rows[1, 0] = torch.nan
+    totals = covariance_of(rows).totals
+    assert len(totals) == header["kCovarianceTotals"] == TOTALS
+    names = ("kTotalWeight", "kTotalSquares", "kTotalRows", "kTotalRejected", "kTotalDecays")
+    assert [totals[header[name]].item() for name in names] == [4, 4, 4, 1, 0]

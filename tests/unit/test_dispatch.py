@@ -11,7 +11,7 @@ import torch
 
 import rmtkernels
 from rmtkernels import BackendError, _native, dispatch
-from tests.helpers import empty_state, gram_of, normal
+from tests.helpers import covariance_of, empty_covariance, empty_state, gram_of, normal
 
 CPU = torch.device("cpu")
 OPERATOR = "spectrum_eigvalsh"
@@ -109,6 +109,7 @@ def describe() -> None:
         describe,
         lambda: rmtkernels.window_gram(normal(1, 3, 4), 2),
         lambda: rmtkernels.spectrum_eigvalsh(torch.eye(3)),
+        lambda: rmtkernels.covariance_update_(*empty_covariance(3), normal(4, 3)),
     ],
 )
 def test_the_downgrade_warning_points_at_the_caller(without_kernels: None, call: Callable[[], object]) -> None:
@@ -133,6 +134,12 @@ def test_the_reference_backend_agrees_with_the_kernels() -> None:
     eigenvalues = rmtkernels.spectrum_eigvalsh(gram, backend="reference")
     assert eigenvalues.dtype == torch.float32
     torch.testing.assert_close(rmtkernels.spectrum_eigvalsh(gram), eigenvalues, rtol=1e-5, atol=1e-5)
+    state, batch = covariance_of(normal(30, 40)), normal(20, 40, seed=1)
+    reference_state = state.copy()
+    rmtkernels.covariance_update_(*state, batch, decay=0.5)
+    rmtkernels.covariance_update_(*reference_state, batch, decay=0.5, backend="reference")
+    torch.testing.assert_close(state.scatter.tril(), reference_state.scatter.tril(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(state.totals, reference_state.totals)
 
 
 @pytest.mark.parametrize("name", ["", "sse9", "AVX2", "none"])

@@ -1,0 +1,66 @@
+"""covariance: the covariance matrix of a batch of float32 activations, read as a full symmetric matrix."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import rmtkernels
+from bench.case import Case, case
+
+ROWS, WIDTH = 4096, 2048
+
+
+class Centred:
+    """Plain PyTorch: centre, then one matrix product that computes both halves."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.product, self.out = product, torch.empty(WIDTH, WIDTH)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        centred = rows - rows.mean(0)
+        return self.product(centred, self.out)
+
+
+def gram(centred: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(centred.T, centred, out=out).div_(ROWS)
+
+
+def addmm(centred: Tensor, out: Tensor) -> Tensor:
+    return torch.addmm(out, centred.T, centred, beta=0, alpha=1 / ROWS, out=out)
+
+
+@case("covariance.update_4096x2048", threads=1)
+def one_batch() -> Case:
+    """A fresh state, one update, one reading: what `torch.cov` gives."""
+    rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)) + 1
+    state = rmtkernels.StreamingCovariance(WIDTH)
+
+    def ours() -> Tensor:
+        state.reset()
+        state.update(rows)
+        return state.covariance()
+
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "torch.cov": lambda rows: torch.cov(rows.T, correction=0),
+        "best of: centre, Xᵀ X": Centred(gram),
+        "best of: centre, addmm": Centred(addmm),
+    }
+
+    def verify() -> None:
+        want = torch.cov(rows.double().T, correction=0)
+        deviation = want.diagonal().sqrt()
+        for name, got in {"ours": ours(), **{name: peer(rows) for name, peer in functions.items()}}.items():
+            error = ((got - want).abs() / deviation[:, None] / deviation).max()
+            assert error <= 2e-6, f"{name}: wrong by {error:.1e}"
+
+    return Case(
+        ours=ours,
+        peers={name: lambda peer=peer: peer(rows) for name, peer in functions.items()},
+        verify=verify,
+        targets={"torch.cov": 1.8},
+        bytes_read=rows.numel() * 4,
+        flops=ROWS * WIDTH * (WIDTH + 1),
+        flops_dtype=torch.float32,
+        rounds=20,
+    )
