@@ -24,6 +24,16 @@ struct DescriptorArgs {
   bool normalize;  // rows of activations to mean square 1 first
 };
 
+struct RowProducts {
+  const float* x;       // (rows, dim), from load_activations unless all is float32
+  const void* weights;  // (out_dim, dim)
+  const void* bias;     // (out_dim,) of the weights' type, or null
+  void* out;            // (rows, out_dim)
+  DType weight_type;    // float32 or bfloat16
+  DType out_type;       // float32 or bfloat16
+  int64_t rows, dim, out_dim;
+};
+
 // One table per instruction set. Problems are numbered; a call does problems begin .. end - 1.
 struct Kernels {
   // Converts a strided row to float32 and returns its squared norm.
@@ -35,6 +45,10 @@ struct Kernels {
   void (*eigvalsh_f64)(const double* matrices, double* eigenvalues, int64_t n, int64_t begin, int64_t end);
   // A problem is layer * batch + sequence, or a sequence alone if the layers are joined.
   void (*descriptors)(const DescriptorArgs& args, int64_t begin, int64_t end);
+  // Rows (rows, dim) as float32; `pairs` is the order that row_products wants for bfloat16 weights. Never in place.
+  void (*load_activations)(float* out, const void* x, DType type, bool pairs, int64_t rows, int64_t dim);
+  // out[r][j] = <x[r], weights[j]> + bias[j] for all rows r and outputs begin .. end - 1.
+  void (*row_products)(const RowProducts& args, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();
