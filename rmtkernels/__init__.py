@@ -10,6 +10,7 @@ from rmtkernels.dispatch import cpu_isa, cpu_isas, set_cpu_isa, use_backend
 from rmtkernels.errors import BackendError, DeviceError, DtypeError, RmtkernelsError, ShapeError
 from rmtkernels.ops import (
     DESCRIPTORS,
+    lowrank_linear,
     spectrum_descriptors,
     spectrum_descriptors_,
     spectrum_eigvalsh,
@@ -45,6 +46,7 @@ __all__ = [
     "SlidingWindow",
     "cpu_isa",
     "cpu_isas",
+    "lowrank_linear",
     "set_cpu_isa",
     "spectrum_descriptors",
     "spectrum_descriptors_",
