@@ -16,7 +16,7 @@ from rmtkernels.reference.lowrank_linear import lowrank_linear_ref
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 OTHER_DTYPES = (torch.float64, torch.float16)
 # Beyond these PyTorch's two products are no slower: docs/conventions.md says how that was measured.
-MAX_ELEMENTS, MAX_ROWS = 4096, 16
+MAX_ROWS, MAX_ELEMENTS = 16, 1024  # elements are asked for first: the width of x costs twice as much to learn
 MAX_ROWS_BFLOAT16, MAX_PRODUCTS_BFLOAT16 = 4, 2**20
 
 define("lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None) -> Tensor")
