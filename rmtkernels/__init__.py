@@ -19,6 +19,7 @@ from rmtkernels.errors import (
 from rmtkernels.ops import (
     DESCRIPTORS,
     covariance_update_,
+    lowrank_linear,
     spectrum_descriptors,
     spectrum_descriptors_,
     spectrum_eigvalsh,
@@ -59,6 +60,7 @@ __all__ = [
     "covariance_update_",
     "cpu_isa",
     "cpu_isas",
+    "lowrank_linear",
     "set_cpu_isa",
     "spectrum_descriptors",
     "spectrum_descriptors_",

@@ -15,7 +15,14 @@ import torch
 from rmtkernels import _native
 from rmtkernels.errors import BackendError
 
-OPERATORS = ("window_push_", "window_gram", "spectrum_eigvalsh", "spectrum_descriptors_", "covariance_update_")
+OPERATORS = (
+    "window_push_",
+    "window_gram",
+    "spectrum_eigvalsh",
+    "spectrum_descriptors_",
+    "covariance_update_",
+    "lowrank_linear",
+)
 BACKENDS = ("cpu", "cuda", "reference")
 
 _LIBRARY_OF = {"cpu": "_C", "cuda": "_C_cuda"}
@@ -68,13 +75,23 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced[:] = [other for other in _forced if other is not choice]
 
 
+def choice(backend: str | None = None) -> str | None:
+    """The backend chosen by hand, by this argument, a block or the environment; None if nobody chose."""
+    return backend if backend is not None else _forced[-1][0]
+
+
+def cpu_is_automatic(operator: str) -> bool:
+    """Whether tensors on the CPU get the compiled kernel without anybody's choice: `select` at a third of its cost."""
+    return _forced[-1][0] is None and _status(operator, "cpu") == "available"
+
+
 def select(operator: str, device: torch.device, backend: str | None = None) -> str:
     """The backend that `operator` uses for tensors on `device`.
 
     Raises:
         BackendError: if the backend asked for is missing, or does not run on `device`.
     """
-    chosen = backend if backend is not None else _forced[-1][0]
+    chosen = choice(backend)
     if chosen is None:
         return _automatic(operator, device.type)
     if _checked(chosen) == "reference":
@@ -109,10 +126,11 @@ def _checked(backend: str) -> str:
 
 
 def _status(operator: str, backend: str) -> str:
-    key = (operator, backend)
-    if key not in _available:
-        _available[key] = _find_status(operator, backend)
-    return _available[key]
+    try:
+        return _available[operator, backend]
+    except KeyError:
+        status = _available[operator, backend] = _find_status(operator, backend)
+        return status
 
 
 # A hook may be traced before any operator has run. This is all that torch.compiler.assume_constant_result does, but

@@ -40,6 +40,16 @@ struct PanelBlock {
 };
 constexpr int64_t kScatterDepth = 128;  // rows summed in registers before their sum goes to memory
 
+struct RowProducts {
+  const float* x;       // (rows, dim), from load_activations unless all is float32
+  const void* weights;  // (out_dim, dim)
+  const void* bias;     // (out_dim,) of the weights' type, or null
+  void* out;            // (rows, out_dim)
+  DType weight_type;    // float32 or bfloat16
+  DType out_type;       // float32 or bfloat16
+  int64_t rows, dim, out_dim;
+};
+
 // One table per instruction set. Problems are numbered; a call does problems begin .. end - 1.
 struct Kernels {
   // Converts a strided row to float32 and returns its squared norm.
@@ -65,6 +75,10 @@ struct Kernels {
                       const PanelBlock& block);
   // Multiplies the lower triangle's rows begin .. end - 1; by 0 without reading them.
   void (*scale_lower)(void* scatter, bool is_double, int64_t dim, double scale, int64_t begin, int64_t end);
+  // Rows (rows, dim) as float32; `pairs` is the order that row_products wants for bfloat16 weights. Never in place.
+  void (*load_activations)(float* out, const void* x, DType type, bool pairs, int64_t rows, int64_t dim);
+  // out[r][j] = <x[r], weights[j]> + bias[j] for all rows r and outputs begin .. end - 1.
+  void (*row_products)(const RowProducts& args, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();

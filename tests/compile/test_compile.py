@@ -15,6 +15,7 @@ from rmtkernels import (
     StreamingCovariance,
     covariance_update_,
     dispatch,
+    lowrank_linear,
     spectrum_descriptors,
     spectrum_descriptors_,
     spectrum_eigvalsh,
@@ -66,6 +67,11 @@ def update_arguments(rows: int, state: torch.dtype, dtype: torch.dtype, weighted
     return (*covariance_of(normal(20, 9), dtype=state), normal(rows, 9, seed=5, dtype=dtype), weights, mask, 0.9)
 
 
+def lowrank_arguments(shape: tuple[int, ...], x_dtype: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    weights = (normal(3, 9, seed=2, dtype=dtype), normal(5, 3, seed=3, dtype=dtype), normal(5, seed=4, dtype=dtype))
+    return (normal(*shape, 9, seed=1, dtype=x_dtype), *weights)
+
+
 OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
     ("window_push_", push_arguments(None, torch.float32, False)),
     ("window_push_", push_arguments(None, torch.bfloat16, True)),
@@ -84,6 +90,11 @@ OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
     ("covariance_update_", update_arguments(7, torch.float64, torch.bfloat16, True)),
     ("covariance_update_", update_arguments(0, torch.float32, torch.float16, True)),
     ("spectrum_laws", (torch.zeros(2), 6, 9)),
+    ("lowrank_linear", lowrank_arguments((2, 3), torch.float32, torch.float32)),
+    ("lowrank_linear", lowrank_arguments((), torch.float32, torch.bfloat16)),
+    ("lowrank_linear", (*lowrank_arguments((5,), torch.bfloat16, torch.bfloat16)[:3], None)),
+    ("lowrank_linear", (normal(9, 4).T, *lowrank_arguments((4,), torch.bfloat16, torch.float32)[1:3])),
+    ("lowrank_linear", lowrank_arguments((0,), torch.float32, torch.float32)),
 ]
 
 
@@ -107,6 +118,10 @@ def shapes_of(results: Any) -> list[tuple[torch.Size, torch.dtype, tuple[int, ..
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9, joint="trace"),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6).mT, torch.zeros(3, dtype=torch.int64), 9),
+        lambda: lowrank_linear(torch.zeros(2, 3, 9), torch.zeros(4, 9), torch.zeros(5, 4)),
+        lambda: lowrank_linear(torch.zeros(9, 3).T.bfloat16(), torch.zeros(4, 9), torch.zeros(5, 4), torch.zeros(5)),
+        lambda: lowrank_linear(torch.zeros(0, 9), torch.zeros(4, 9), torch.zeros(5, 4)),
+        lambda: lowrank_linear(torch.zeros(500, 9), torch.zeros(4, 9), torch.zeros(5, 4)),
     ],
 )
 def test_fake_results_look_like_real_ones(call: Callable[[], Any]) -> None:
@@ -158,6 +173,8 @@ def test_a_compiled_decode_loop_leaves_the_same_state() -> None:
         (lambda a: spectrum_eigvalsh(a + 1), (normal(3, 2, 12, 12),)),
         (lambda g, s: spectrum_descriptors(g, s, 9), gram_of(normal(2, 3, 6, 9))),
         (lambda g, s: spectrum_descriptors(g * 2, s, 9, joint="trace", center=False), gram_of(normal(2, 3, 6, 9))),
+        (lambda x, *weights: lowrank_linear(x * 2, *weights), lowrank_arguments((2, 3), torch.float32, torch.bfloat16)),
+        (lambda x, *weights: lowrank_linear(x * 2, *weights), lowrank_arguments((700,), torch.float32, torch.float32)),
     ],
 )
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
@@ -178,6 +195,7 @@ def test_the_first_use_of_an_operator_may_be_a_compiled_one(monkeypatch: pytest.
         (lambda s, batch: covariance_update_(s.mean, s.scatter, s.totals, batch), (empty_covariance(4), normal(5, 4))),
         (spectrum_eigvalsh, (normal(4, 4),)),
         (lambda g, s: spectrum_descriptors(g, s, 4), gram_of(normal(1, 1, 3, 4))),
+        (lowrank_linear, lowrank_arguments((2,), torch.float32, torch.float32)),
     ):
         torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
 
@@ -243,6 +261,32 @@ def test_a_state_is_updated_within_a_compiled_function() -> None:
         compiled(normal(8, 6, seed=seed))
         want.update(normal(8, 6, seed=seed))
     assert want.rows == 24 and same_bits(state.scatter, want.scatter) and same_bits(state.totals, want.totals)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_a_compiled_low_rank_layer_has_the_same_gradients(backend: str, rows: int) -> None:
+    arguments = [t.requires_grad_() for t in lowrank_arguments((rows,), torch.float32, torch.float32)]
+    compiled = torch.compile(lowrank_linear, fullgraph=True, backend=backend)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            want, got = lowrank_linear(*arguments), compiled(*arguments)
+        assert got.requires_grad == grad
+        torch.testing.assert_close(got, want)
+        if grad:
+            wanted = torch.autograd.grad(want.square().sum(), arguments)
+            torch.testing.assert_close(torch.autograd.grad(got.square().sum(), arguments), wanted)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_low_rank_layer_needs_one_graph_for_small_batches_and_one_for_large(grad: bool) -> None:
+    weights = normal(3, 512, seed=2), normal(5, 3, seed=3), normal(5, seed=4)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lowrank_linear, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (2, 3, 4, 7, 8, 9, 15, 16, 17, 40, 300, 6, 21):
+        x = normal(rows, 512, seed=rows).requires_grad_(grad)
+        assert same_bits(compiled(x, *weights).detach(), lowrank_linear(x, *weights).detach())
+    assert counter.frame_count <= (1 if grad else 3)
 
 
 class Watched(nn.Module):

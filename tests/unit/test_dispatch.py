@@ -110,6 +110,7 @@ def describe() -> None:
         lambda: rmtkernels.window_gram(normal(1, 3, 4), 2),
         lambda: rmtkernels.spectrum_eigvalsh(torch.eye(3)),
         lambda: rmtkernels.covariance_update_(*empty_covariance(3), normal(4, 3)),
+        lambda: rmtkernels.lowrank_linear(normal(1, 4), normal(2, 4), normal(3, 2)),
     ],
 )
 def test_the_downgrade_warning_points_at_the_caller(without_kernels: None, call: Callable[[], object]) -> None:
