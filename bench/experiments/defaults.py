@@ -45,7 +45,7 @@ WINDOW = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--texts", type=int, default=50, help="per set; the reference has twice as many")
+    parser.add_argument("--texts", type=int, default=60, help="per set; the reference has twice as many")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_causal_lm(demo_model())

@@ -166,14 +166,28 @@ WindowFacts load_window(const DescriptorArgs& args, double* a, int64_t problem, 
   return {log_trace(traces, double(args.dim) * layers), mean_share(total, energy, rows), 0.0};
 }
 
-// Overlap of the window's covariance with that of its rows but the newest.
+// Overlap of the window's covariance with that of its rows but the newest, from the (centred) Gram matrix a. Less the
+// mean of the others, a row is y_i + f y_new with f = 1 / (rows - 1) (0 if not centred): so tr(S S') and |S'|^2 are the
+// squares of a_ij + f a_nj and of a_ij + f (a_in + a_nj) + f^2 a_nn, summed without cancellation.
 double overlap_without_newest(const double* a, int64_t seen, int rows, bool center, int64_t window) {
   if (rows < 2) return 0.0;
   const int ld = round_up4(rows), newest = int((seen - 1) % window);
-  f64x4 squares = splat(0), column = splat(0);
-  for (int i = 0; i < rows * ld; i += 4) squares = fma(load4(a + i), load4(a + i), squares);
-  for (int j = 0; j < ld; j += 4) column = fma(load4(a + newest * ld + j), load4(a + newest * ld + j), column);
-  return covariance_overlap(lane_sum(squares), lane_sum(column), a[newest * (ld + 1)], rows, center);
+  const double f = center ? 1.0 / (rows - 1) : 0.0;
+  const double* added = a + newest * ld;
+  alignas(32) double others[kMaxWindow] = {};
+  for (int j = 0; j < rows; ++j) others[j] = j == newest ? 0.0 : 1.0;
+  f64x4 squares = splat(0), cross = splat(0), rest = splat(0);
+  for (int i = 0; i < rows; ++i) {
+    const f64x4 shift = splat(f * (added[i] + f * added[newest])), in = splat(others[i]);
+    for (int j = 0; j < ld; j += 4) {
+      const f64x4 entry = load4(a + i * ld + j), mixed = fma(splat(f), load4(added + j), entry);
+      const f64x4 without = mixed + shift;
+      squares = fma(entry, entry, squares);
+      cross = fma(in * mixed, mixed, cross);
+      rest = fma(in * load4(others + j) * without, without, rest);
+    }
+  }
+  return covariance_overlap(lane_sum(squares), lane_sum(cross), lane_sum(rest));
 }
 
 int rows_of(const DescriptorArgs& args, int64_t problem) {

@@ -85,22 +85,38 @@ def test_eigenvalues_at_the_cell_means_have_no_distance_to_the_law(dim: int) -> 
     assert of_eigenvalues(lam, dim, noise="trace")["mp_wasserstein"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "dim"), [(33, 576), (65, 1024), (65, 4096)])
+@pytest.mark.parametrize(("rows", "dim"), [(33, 64), (33, 576), (65, 1024), (65, 4096)])
 def test_centred_noise_follows_the_laws(rows: int, dim: int) -> None:
-    """Means over many windows of noise with a large mean, against Tracy-Widom and the floors of the distances."""
+    """Over many windows of noise with a large mean, against Tracy-Widom and the floors of the distances."""
     windows = 600
     gram, seen = gram_of(normal(1, windows, rows, dim, seed=rows + dim) + 2)
     by_trace, _ = spectrum_descriptors(gram, seen, dim, noise="trace")
     by_median, _ = spectrum_descriptors(gram, seen, dim)
-    for values, bias in ((by_trace, 0.03), (by_median, 0.06)):  # what a finite window and the estimate of sigma^2 add
+    for values, bias in ((by_trace, 0.03), (by_median, 0.13)):  # what a finite window and the estimate of sigma^2 add
         statistic = column(values, "tracy_widom").sinh()
         error = float(statistic.std()) / math.sqrt(windows)
         assert float(statistic.mean()) == pytest.approx(laws.TRACY_WIDOM_MEAN, abs=3 * error + bias)
-        assert float(column(values, "mp_kl").mean()) < (0.01 if rows < 40 else 0.004)
-        assert float(column(values, "mp_wasserstein").mean()) < 0.7 / rows
-        above = (column(values, "above_edge") > 0).double().mean()
-        assert float(above) == pytest.approx(laws.tracy_widom_survival(0.0), abs=0.06)
-    assert float(column(by_trace, "overlap").mean()) == pytest.approx(math.sqrt((rows - 2) / (rows - 1)), abs=2e-3)
+        assert float(statistic.std()) == pytest.approx(
+            math.sqrt(laws.TRACY_WIDOM_VARIANCE), abs=0.25 if dim > 100 else 0.35
+        )
+        rare = (column(values, "tracy_widom_log_survival") < math.log(0.05)).double().mean()
+        assert 0.01 < float(rare) < 0.12
+        assert float(column(values, "mp_kl").mean()) < (0.06 if dim < 100 else 0.01 if rows < 40 else 0.004)
+        if dim > 100:
+            assert float(column(values, "mp_wasserstein").mean()) < 0.7 / rows
+            above = (column(values, "above_edge") > 0).double().mean()
+            assert float(above) == pytest.approx(laws.tracy_widom_survival(0.0), abs=0.06)
+    assert float(column(by_trace, "overlap").mean()) == pytest.approx(math.sqrt((rows - 2) / (rows - 1)), abs=2e-2)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(33, 64), (33, 576), (65, 1024)])
+def test_noise_whose_rows_have_one_length_stays_below_tracy_widom(rows: int, dim: int) -> None:
+    """Normalised rows fluctuate less: docs/conventions.md says by how much, and that the tail is then conservative."""
+    gram, seen = gram_of(normal(1, 600, rows, dim, seed=rows + dim))
+    values, _ = spectrum_descriptors(gram, seen, dim, normalize="rms")
+    assert -2.3 < float(column(values, "tracy_widom").sinh().mean()) < -1.5
+    rare = (column(values, "tracy_widom_log_survival") < math.log(0.05)).double().mean()
+    assert float(rare) < 0.05
 
 
 def test_a_spike_beyond_the_threshold_moves_every_distance_and_one_below_none() -> None:
@@ -140,6 +156,17 @@ def test_overlap_by_the_covariances_themselves() -> None:
             values, _ = spectrum_descriptors(gram, torch.tensor([seen]), dim, center=center)
             got = column(values, "overlap").item()
             assert got == pytest.approx(float((both[0] * both[1]).sum()), abs=2e-5), (center, seen)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("times", [70.0, 2000.0, 7000.0])
+def test_overlap_beside_a_newest_row_far_longer_than_the_others(center: bool, times: float) -> None:
+    rows = normal(1, 1, 128, 7, seed=2, dtype=torch.float64)
+    rows[0, 0, -1] *= times
+    gram, seen = gram_of(rows)
+    got, _ = spectrum_descriptors(gram, seen, 7, center=center)
+    want, _ = spectrum_descriptors(gram, seen, 7, center=center, backend="reference")
+    assert column(got, "overlap").item() == pytest.approx(column(want, "overlap").item(), rel=1e-6)
 
 
 def test_overlap_of_orthonormal_rows_and_of_what_has_no_past() -> None:

@@ -90,14 +90,9 @@ RMT_HD double upper_edge(double variance, int n, int64_t dim) {
 
 // Overlap of the window's covariance S with S', that of the same window without its newest row:
 // tr(S S') / (|S| |S'|) = sum_ij l_i l'_j <u_i, u'_j>^2 / ..., the overlap of the two sets of eigenvectors, weighted by
-// their eigenvalues. With y the newest (centred) row, S' = S - c y y', c = rows / (rows - 1) if centred, else 1, so the
-// (centred) Gram matrix A gives all of it: |S|^2 = |A|^2, y'S y = |column of y|^2, y'y = its diagonal entry. rows >= 2.
-RMT_HD double covariance_overlap(double squares, double column_squares, double diagonal, int rows, bool center) {
-  const double c = center ? double(rows) / (rows - 1) : 1.0;
-  const double cross = squares - c * column_squares;
-  const double rest = squares - c * (2 * column_squares - c * diagonal * diagonal);
-  // The rest of the window is without energy
-  if (!(rest > kResolution * kResolution * squares) || !(cross > 0)) return 0.0;
+// their eigenvalues. `squares` is |S|^2, `cross` tr(S S'), `rest` |S'|^2; below the resolution there is no rest.
+RMT_HD double covariance_overlap(double squares, double cross, double rest) {
+  if (!(rest > kResolution * kResolution * squares)) return 0.0;
   const double overlap = cross / std::sqrt(squares * rest);
   return overlap < 1.0 ? overlap : 1.0;
 }
