@@ -7,9 +7,14 @@ from importlib import metadata
 
 from rmtkernels import _native
 from rmtkernels.dispatch import cpu_isa, cpu_isas, set_cpu_isa, use_backend
-from rmtkernels.errors import BackendError, DeviceError, DtypeError, RmtkernelsError, ShapeError
+from rmtkernels.errors import BackendError, DeviceError, DtypeError, MatrixError, RmtkernelsError, ShapeError
 from rmtkernels.ops import (
     DESCRIPTORS,
+    LanczosResult,
+    lanczos_above,
+    lanczos_eigh,
+    lanczos_multiply,
+    lanczos_multiply_gram,
     spectrum_descriptors,
     spectrum_descriptors_,
     spectrum_eigvalsh,
@@ -40,11 +45,17 @@ __all__ = [
     "BackendError",
     "DeviceError",
     "DtypeError",
+    "LanczosResult",
+    "MatrixError",
     "RmtkernelsError",
     "ShapeError",
     "SlidingWindow",
     "cpu_isa",
     "cpu_isas",
+    "lanczos_above",
+    "lanczos_eigh",
+    "lanczos_multiply",
+    "lanczos_multiply_gram",
     "set_cpu_isa",
     "spectrum_descriptors",
     "spectrum_descriptors_",

@@ -15,7 +15,14 @@ import torch
 from rmtkernels import _native
 from rmtkernels.errors import BackendError
 
-OPERATORS = ("window_push_", "window_gram", "spectrum_eigvalsh", "spectrum_descriptors_")
+OPERATORS = (
+    "window_push_",
+    "window_gram",
+    "spectrum_eigvalsh",
+    "spectrum_descriptors_",
+    "lanczos_multiply",
+    "lanczos_multiply_gram",
+)
 BACKENDS = ("cpu", "cuda", "reference")
 
 _LIBRARY_OF = {"cpu": "_C", "cuda": "_C_cuda"}

@@ -19,3 +19,7 @@ class DeviceError(RmtkernelsError, ValueError):
 
 class BackendError(RmtkernelsError, RuntimeError):
     """A backend was asked for that is not there, or none is."""
+
+
+class MatrixError(RmtkernelsError, ValueError):
+    """A matrix holds numbers that the operator does not take: NaN, Inf, or a matrix that must be symmetric is not."""

@@ -24,6 +24,23 @@ struct DescriptorArgs {
   bool normalize;  // rows of activations to mean square 1 first
 };
 
+// A matrix (rows, cols) and eight vectors side by side, packed (cols, 8); lanes beyond `lanes` are zero.
+struct MultiplyArgs {
+  const void* matrix;  // rows `stride` elements apart
+  const void* block;
+  void* out;         // multiply: (lanes, rows)
+  const void* mean;  // multiply_gram: (2, cols), subtracted from each row one after the other; may be null
+  double* sums;      // multiply_gram: (chunks, cols, 8)
+  void* scratch;     // multiply_gram: gram_scratch(cols) for each chunk
+  int64_t stride, rows, cols;
+  int64_t chunk;  // rows of one problem of multiply_gram
+  int lanes;
+};
+constexpr int kTileRows = 12;
+// Rows of a tile must not all fall into one set of the cache, as they would a power of two apart.
+static constexpr int64_t tile_stride(int64_t cols) { return cols + 16; }
+static constexpr int64_t gram_scratch(int64_t cols) { return 8 * cols + kTileRows * tile_stride(cols); }
+
 // One table per instruction set. Problems are numbered; a call does problems begin .. end - 1.
 struct Kernels {
   // Converts a strided row to float32 and returns its squared norm.
@@ -35,6 +52,11 @@ struct Kernels {
   void (*eigvalsh_f64)(const double* matrices, double* eigenvalues, int64_t n, int64_t begin, int64_t end);
   // A problem is layer * batch + sequence, or a sequence alone if the layers are joined.
   void (*descriptors)(const DescriptorArgs& args, int64_t begin, int64_t end);
+  // Products with a narrow block: A v, a problem is a row; X'X v, a problem is a chunk of rows.
+  void (*multiply_f32)(const MultiplyArgs& args, int64_t begin, int64_t end);
+  void (*multiply_f64)(const MultiplyArgs& args, int64_t begin, int64_t end);
+  void (*multiply_gram_f32)(const MultiplyArgs& args, int64_t begin, int64_t end);
+  void (*multiply_gram_f64)(const MultiplyArgs& args, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();

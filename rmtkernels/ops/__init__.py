@@ -1,10 +1,17 @@
 """The public operators: contract, checks, fake kernels."""
 
+from rmtkernels.ops.lanczos import LanczosResult, lanczos_above, lanczos_eigh
+from rmtkernels.ops.lanczos_multiply import lanczos_multiply, lanczos_multiply_gram
 from rmtkernels.ops.sliding_window import window_gram, window_push_
 from rmtkernels.ops.spectrum import DESCRIPTORS, spectrum_descriptors, spectrum_descriptors_, spectrum_eigvalsh
 
 __all__ = [
     "DESCRIPTORS",
+    "LanczosResult",
+    "lanczos_above",
+    "lanczos_eigh",
+    "lanczos_multiply",
+    "lanczos_multiply_gram",
     "spectrum_descriptors",
     "spectrum_descriptors_",
     "spectrum_eigvalsh",
