@@ -1,6 +1,7 @@
 """The public operators: contract, checks, fake kernels."""
 
 from rmtkernels.ops.lanczos import LanczosResult, lanczos_above, lanczos_eigh
+from rmtkernels.ops.lanczos_density import SpikeCount, lanczos_density, spike_count
 from rmtkernels.ops.lanczos_multiply import lanczos_multiply, lanczos_multiply_gram
 from rmtkernels.ops.sliding_window import window_gram, window_push_
 from rmtkernels.ops.spectrum import DESCRIPTORS, spectrum_descriptors, spectrum_descriptors_, spectrum_eigvalsh
@@ -8,13 +9,16 @@ from rmtkernels.ops.spectrum import DESCRIPTORS, spectrum_descriptors, spectrum_
 __all__ = [
     "DESCRIPTORS",
     "LanczosResult",
+    "SpikeCount",
     "lanczos_above",
+    "lanczos_density",
     "lanczos_eigh",
     "lanczos_multiply",
     "lanczos_multiply_gram",
     "spectrum_descriptors",
     "spectrum_descriptors_",
     "spectrum_eigvalsh",
+    "spike_count",
     "window_gram",
     "window_push_",
 ]

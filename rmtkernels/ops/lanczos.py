@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rmtkernels.errors import DeviceError, DtypeError, MatrixError, ShapeError
 from rmtkernels.ops.lanczos_basis import Basis, Ritz
-from rmtkernels.ops.lanczos_multiply import LinearMap
+from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product
 
 BLOCK = 8  # the kernel's lanes: wider blocks need more products, narrower ones waste them
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-_ASYMMETRIC = 1e-2  # of the projection on random vectors
+_PATIENCE = 3  # times that the recurrence may promise what the products do not keep
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def lanczos_eigh(
         k: how many, 1 to d.
         gram: eigenpairs of X'X (no division by n), which is never formed.
         center: subtract the mean of the samples first, in effect.
-        tol: highest residual; default 1e-5 for float32 and 1e-10 for float64. Rounding sets a limit of about 1e-6 and
-            1e-14.
+        tol: highest residual, at least 8 roundings of the dtype; default 1e-5 for float32 and 1e-10 for float64.
+            Rounding may end the search above a tol near that limit; `converged` then says so.
         start: (d, vectors), where to begin, for instance the eigenvectors of a similar matrix. Default: random.
         seed: of all random vectors.
         max_steps: products of the matrix with a block after which to stop, converged or not.
@@ -149,12 +149,15 @@ def _solve(
     multiply: LinearMap, goal: _Goal, tol: float | None, start: Tensor | None, seed: int, max_steps: int
 ) -> LanczosResult:
     tol = TOLERANCE[multiply.dtype] if tol is None else tol
-    if not 0 < tol < 1 or max_steps < 1:
-        raise ShapeError(f"tol must lie between 0 and 1 and max_steps be positive, got {tol} and {max_steps}")
+    smallest = 8 * torch.finfo(multiply.dtype).eps
+    if not smallest <= tol < 1 or max_steps < 1:
+        raise ShapeError(
+            f"tol must be {smallest:.1g} (rounding) or more and below 1, max_steps positive, got {tol} and {max_steps}"
+        )
     tiny = torch.finfo(multiply.dtype).tiny
     basis = _begin(multiply, goal.begin(), start, seed)
     schedule = _Schedule(goal.begin())
-    until, patience = schedule.first, 0
+    until, earliest, once, failures = schedule.first, 0, 0, 0
     while True:
         while basis.size < until and not basis.full() and len(basis.rest) and basis.steps < max_steps:
             basis.step()
@@ -163,14 +166,16 @@ def _solve(
             raise MatrixError("the eigenvalues overflow the matrix's dtype; scale it down")
         wanted, excess = goal.excess(ritz, tol * max(ritz.scale, tiny))
         exhausted = basis.size == multiply.dim
-        done = exhausted or (float(excess.max()) <= 1 and basis.steps >= patience and wanted <= basis.size)
+        done = exhausted or (float(excess.max()) <= 1 and basis.steps >= earliest and wanted <= basis.size)
         if done or basis.steps >= max_steps:
             result = _result(basis, ritz, wanted, tol, done)
             hidden = done and not exhausted and _may_hide_copies(ritz, wanted, basis)
-            if basis.steps >= max_steps or exhausted or (result.complete and not hidden):
+            failures += not result.complete
+            if exhausted or basis.steps >= max_steps or failures == _PATIENCE or (result.complete and not hidden):
                 return result
             if hidden:
-                patience = min(max_steps, 2 * basis.steps)
+                once = once or basis.steps
+                earliest = min(max_steps, basis.steps + once)  # as long again for what was added
                 basis.widen()
         until = schedule.next(basis, ritz, wanted, excess)
 
@@ -216,15 +221,9 @@ def _begin(multiply: LinearMap, k: int, start: Tensor | None, seed: int) -> Basi
         rows = rows.to(multiply.device)
     else:
         rows = _checked_start(multiply, start)
-    basis = Basis(multiply, room_for(k), rows, generator)
+    basis = Basis(multiply, room_for(max(k, len(rows))), rows, generator)
     basis.step()
-    products = basis.projected[: basis.size, : basis.size]
-    asymmetry = (products - products.mT).norm() - _ASYMMETRIC * products.norm()
-    finite, asymmetric = torch.stack([basis.images[: basis.size].isfinite().all(), asymmetry > 0]).tolist()
-    if not finite:
-        raise MatrixError("the matrix has an entry that is NaN, infinite, or so large that products overflow")
-    if asymmetric:
-        raise MatrixError("the matrix is not symmetric; for X'X of samples X give gram=True")
+    check_first_product(basis.vectors[: basis.size], basis.images[: basis.size])
     return basis
 
 
@@ -246,8 +245,7 @@ def _may_hide_copies(ritz: Ritz, wanted: int, basis: Basis) -> bool:
     values = ritz.values[:wanted].tolist()
     near = 64 * torch.finfo(basis.multiply.dtype).eps * ritz.scale
     return any(
-        high - low <= near and low > values[-1] + near
-        for high, low in zip(values, values[width - 1 :], strict=False)
+        high - low <= near and low > values[-1] + near for high, low in zip(values, values[width - 1 :], strict=False)
     )
 
 
@@ -261,6 +259,4 @@ def _result(basis: Basis, ritz: Ritz, wanted: int, tol: float, done: bool) -> La
     converged = residuals <= tol
     peaks = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     eigenvectors = (vectors * peaks.sign()).mT
-    return LanczosResult(
-        values, eigenvectors, residuals, converged, done and bool(converged.all()), basis.steps
-    )
+    return LanczosResult(values, eigenvectors, residuals, converged, done and bool(converged.all()), basis.steps)

@@ -1,5 +1,6 @@
 """The Krylov basis of block Lanczos: steps, restarts, Ritz values. Vectors are rows; nothing waits for the device."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -104,8 +105,8 @@ class Basis:
 
     def random(self, count: int) -> Tensor:
         """Rows of norm about 1, from the seed."""
-        rows = torch.randn(count, self.multiply.dim, generator=self.generator, dtype=self.multiply.dtype)
-        return (rows / self.multiply.dim**0.5).to(self.multiply.device)
+        rows: Tensor = torch.randn(count, self.multiply.dim, generator=self.generator, dtype=self.multiply.dtype)
+        return rows.to(self.multiply.device) / math.sqrt(self.multiply.dim)
 
     def _orthonormal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Orthonormal rows, orthogonal to the basis, that span `rows` (b, d), and R with rows = R' of them.

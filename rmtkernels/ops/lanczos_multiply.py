@@ -5,8 +5,10 @@ from torch import Tensor
 
 from rmtkernels._library import define
 from rmtkernels.dispatch import select
-from rmtkernels.errors import DeviceError, DtypeError, ShapeError
+from rmtkernels.errors import DeviceError, DtypeError, MatrixError, ShapeError
 from rmtkernels.reference import lanczos as reference
+
+_ASYMMETRIC = 1e-2  # of the products of the first vectors: finer asymmetry shows in the residuals
 
 define("lanczos_multiply(Tensor matrix, Tensor block) -> Tensor")
 define("lanczos_multiply_gram(Tensor samples, Tensor? mean, Tensor block) -> Tensor")
@@ -84,9 +86,7 @@ class LinearMap:
         if center and not gram:
             raise ShapeError("center=True is for gram=True: a symmetric matrix has no samples to centre")
         if not gram and matrix.shape[0] != matrix.shape[1]:
-            raise ShapeError(
-                f"matrix must be square, got {tuple(matrix.shape)}; for X'X of samples X give gram=True"
-            )
+            raise ShapeError(f"matrix must be square, got {tuple(matrix.shape)}; for X'X of samples X give gram=True")
         self.operator = "lanczos_multiply_gram" if gram else "lanczos_multiply"
         self.backend = select(self.operator, matrix.device, backend)
         self.matrix = dense_rows(matrix.detach())
@@ -126,6 +126,17 @@ def two_parts(mean: Tensor, dtype: torch.dtype) -> Tensor:
 def dense_rows(matrix: Tensor) -> Tensor:
     """The matrix, copied unless the entries of a row lie side by side."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def check_first_product(block: Tensor, image: Tensor) -> None:
+    """Raises MatrixError if the product with random vectors shows that the matrix is not finite or not symmetric."""
+    products = block.double() @ image.double().mT
+    asymmetry = (products - products.mT).norm() - _ASYMMETRIC * products.norm()
+    finite, asymmetric = torch.stack([image.isfinite().all(), asymmetry > 0]).tolist()
+    if not finite:
+        raise MatrixError("the matrix has an entry that is NaN, infinite, or so large that products overflow")
+    if asymmetric:
+        raise MatrixError("the matrix is not symmetric; for X'X of samples X give gram=True")
 
 
 def check_matrix(name: str, matrix: Tensor) -> None:

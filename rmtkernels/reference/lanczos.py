@@ -28,3 +28,9 @@ def lanczos_eigh_ref(matrix: Tensor, k: int, *, gram: bool = False, center: bool
     """The k largest eigenvalues, descending, and their eigenvectors (d, k)."""
     eigenvalues, vectors = torch.linalg.eigh(lanczos_matrix_ref(matrix, gram, center))
     return eigenvalues.flip(0)[:k], vectors.flip(1)[:, :k]
+
+
+def lanczos_density_ref(matrix: Tensor, *, gram: bool = False, center: bool = False) -> tuple[Tensor, Tensor]:
+    """The distribution of the eigenvalues itself: all of them, ascending, each with weight 1 / d."""
+    eigenvalues = torch.linalg.eigvalsh(lanczos_matrix_ref(matrix, gram, center))
+    return eigenvalues, torch.full_like(eigenvalues, 1 / len(eigenvalues))

@@ -13,6 +13,8 @@ import rmtkernels
 from rmtkernels import (
     DESCRIPTORS,
     dispatch,
+    lanczos_multiply,
+    lanczos_multiply_gram,
     spectrum_descriptors,
     spectrum_descriptors_,
     spectrum_eigvalsh,
@@ -62,6 +64,10 @@ OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
     ("spectrum_descriptors_", descriptor_arguments(1, False)),
     ("spectrum_descriptors_", descriptor_arguments(2, True)),
     ("spectrum_laws", (torch.zeros(2), 6, 9)),
+    ("lanczos_multiply", (normal(7, 9), normal(3, 9))),
+    ("lanczos_multiply", (normal(9, 9, dtype=torch.float64), normal(10, 9, dtype=torch.float64))),
+    ("lanczos_multiply_gram", (normal(7, 9), None, normal(3, 9))),
+    ("lanczos_multiply_gram", (normal(7, 9), normal(2, 9), normal(8, 9))),
 ]
 
 
@@ -82,6 +88,8 @@ def shapes_of(results: Any) -> list[tuple[torch.Size, torch.dtype, tuple[int, ..
         lambda: window_gram(torch.zeros(2, 2, 9, dtype=torch.float16), 4, 3),
         lambda: spectrum_eigvalsh(torch.zeros(2, 3, 6, 6, dtype=torch.float64)),
         lambda: spectrum_eigvalsh(torch.zeros(4, 2, 3, 3).permute(1, 0, 3, 2)),
+        lambda: lanczos_multiply(torch.zeros(7, 9), torch.zeros(3, 9)),
+        lambda: lanczos_multiply_gram(torch.zeros(7, 9).mT, torch.zeros(3, 7), mean=torch.zeros(7).double()),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9, joint="trace"),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6).mT, torch.zeros(3, dtype=torch.int64), 9),
@@ -134,6 +142,8 @@ def test_a_compiled_decode_loop_leaves_the_same_state() -> None:
     [
         (lambda h, m: window_gram(h, 4, 2, m), (normal(2, 9, 11, dtype=torch.bfloat16), normal(2, 9) > -0.5)),
         (lambda a: spectrum_eigvalsh(a + 1), (normal(3, 2, 12, 12),)),
+        (lambda a, v: lanczos_multiply(a * 2, v), (normal(12, 30), normal(4, 30))),
+        (lambda x, v: lanczos_multiply_gram(x, v, mean=x.double().mean(0)), (normal(40, 30), normal(4, 30))),
         (lambda g, s: spectrum_descriptors(g, s, 9), gram_of(normal(2, 3, 6, 9))),
         (lambda g, s: spectrum_descriptors(g * 2, s, 9, joint="trace", center=False), gram_of(normal(2, 3, 6, 9))),
     ],
@@ -154,6 +164,7 @@ def test_the_first_use_of_an_operator_may_be_a_compiled_one(monkeypatch: pytest.
         (lambda s, rows: window_push_(s.ring, s.gram, s.seen, rows), (empty_state(1, 2, 3, 4), [normal(2, 4)])),
         (lambda h: window_gram(h, 3), (normal(1, 5, 4),)),
         (spectrum_eigvalsh, (normal(4, 4),)),
+        (lanczos_multiply, (normal(5, 4), normal(2, 4))),
         (lambda g, s: spectrum_descriptors(g, s, 4), gram_of(normal(1, 1, 3, 4))),
     ):
         torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
