@@ -99,8 +99,8 @@ def lanczos_above(
         matrix, gram, center, tol, start, seed, max_steps, backend: as of `lanczos_eigh`.
 
     Returns:
-        A `LanczosResult` with as many eigenpairs as there are above, perhaps none. `complete` says that there are no
-        others; if it is False there may be, and some of these may not have converged.
+        A `LanczosResult` with as many eigenpairs as there are above, perhaps none. `complete` says that all of these
+        have converged and that random starts showed no other; if it is False there may be others.
 
     Raises:
         As `lanczos_eigh`.
@@ -118,6 +118,9 @@ class _Goal(Protocol):
     def excess(self, ritz: Ritz, allowed: float) -> tuple[int, Tensor]:
         """How many Ritz pairs are wanted, and residual bounds over what they may be; at most 1 when done."""
 
+    def lowest(self, ritz: Ritz) -> float:
+        """The eigenvalue of which further copies would make no difference."""
+
 
 class _Largest:
     def __init__(self, k: int) -> None:
@@ -128,6 +131,9 @@ class _Largest:
 
     def excess(self, ritz: Ritz, allowed: float) -> tuple[int, Tensor]:
         return self.k, ritz.bounds[: self.k] / allowed
+
+    def lowest(self, ritz: Ritz) -> float:
+        return float(ritz.values[self.k - 1])
 
 
 class _Above:
@@ -143,6 +149,9 @@ class _Above:
         if count < len(excess):
             excess[count] = ritz.bounds[count] / max(allowed, self.threshold - float(ritz.values[count]))
         return count, excess
+
+    def lowest(self, ritz: Ritz) -> float:
+        return self.threshold
 
 
 def _solve(
@@ -169,7 +178,7 @@ def _solve(
         done = exhausted or (float(excess.max()) <= 1 and basis.steps >= earliest and wanted <= basis.size)
         if done or basis.steps >= max_steps:
             result = _result(basis, ritz, wanted, tol, done)
-            hidden = done and not exhausted and _may_hide_copies(ritz, wanted, basis)
+            hidden = done and not exhausted and _may_hide_copies(ritz, wanted, goal.lowest(ritz), basis)
             failures += not result.complete
             if exhausted or basis.steps >= max_steps or failures == _PATIENCE or (result.complete and not hidden):
                 return result
@@ -239,14 +248,13 @@ def _checked_start(multiply: LinearMap, start: Tensor) -> Tensor:
     return start.detach().mT
 
 
-def _may_hide_copies(ritz: Ritz, wanted: int, basis: Basis) -> bool:
-    """Whether an eigenvalue above the last one was found as often as the start has vectors, and so may have more."""
+def _may_hide_copies(ritz: Ritz, wanted: int, lowest: float, basis: Basis) -> bool:
+    """Whether an eigenvalue above the lowest was found as often as the start has vectors, and so may have more."""
     width = len(basis.rest)
     values = ritz.values[:wanted].tolist()
     near = 64 * torch.finfo(basis.multiply.dtype).eps * ritz.scale
-    return any(
-        high - low <= near and low > values[-1] + near for high, low in zip(values, values[width - 1 :], strict=False)
-    )
+    pairs = zip(values, values[width - 1 :], strict=False)
+    return any(high - low <= near and low > lowest + near for high, low in pairs)
 
 
 def _result(basis: Basis, ritz: Ritz, wanted: int, tol: float, done: bool) -> LanczosResult:

@@ -1,18 +1,22 @@
 """lanczos: top eigenpairs against the dense oracle, closed forms, broken input. Residuals are recomputed in float64."""
 
 from dataclasses import fields
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmtkernels
 from rmtkernels import LanczosResult, lanczos_above, lanczos_eigh
 from rmtkernels.laws import spike_to_sample
+from rmtkernels.ops.lanczos_basis import Basis
+from rmtkernels.ops.lanczos_multiply import LinearMap
 from rmtkernels.reference import lanczos_eigh_ref, lanczos_matrix_ref
-from tests.helpers import normal, same_bits
+from tests.helpers import generator, normal, same_bits
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 DTYPES = (SINGLE, DOUBLE)
@@ -80,6 +84,9 @@ def test_every_copy_of_an_eigenvalue_is_found(copies: int, dtype: torch.dtype) -
     """A Krylov space started from eight vectors holds eight copies at most."""
     matrix = with_spectrum(torch.cat([torch.tensor([2.0]), torch.ones(copies), torch.linspace(0, 0.9, 400)]), dtype)
     check(lanczos_eigh(matrix, copies + 5), matrix, copies + 5)
+    above = lanczos_above(matrix, 0.95)
+    assert len(above.eigenvalues) == copies + 1
+    check(above, matrix, copies + 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,6 +152,26 @@ def test_a_tight_tolerance_is_met_or_said_not_to_be() -> None:
     assert torch.equal(stopped.converged, stopped.residuals <= 1e-5)
     limit = lanczos_eigh(matrix, 20, tol=1e-6, max_steps=300)
     assert limit.complete == bool((true_residuals(matrix.double(), limit, 1.0) <= 1.1e-6).all())
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where Python would have to wait for a device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function._schema.name not in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"), function
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_between_two_looks() -> None:
+    dense = with_spectrum(torch.arange(200.0), SINGLE)
+    for matrix, gram in ((dense, False), (normal(90, 70), True), (torch.eye(99), False)):
+        basis = Basis(LinearMap(matrix, gram, gram, None), 64, normal(8, matrix.shape[1]), generator(0))
+        with NoHost():
+            while not basis.full():
+                basis.step()
+        assert basis.size == 64
+        vectors = basis.vectors.double()
+        assert (vectors @ vectors.mT - torch.eye(64)).abs().max() <= 2e-6
 
 
 def test_fewer_than_k_when_stopped_before_the_basis_holds_k() -> None:
