@@ -30,11 +30,8 @@ RMT_INLINE f64x8 multiply_add(f64x8 a, f64x8 b, f64x8 c) {
 RMT_INLINE void store_lanes(float* p, f32x8 v) { store8(p, v); }
 RMT_INLINE void store_lanes(double* p, f64x8 v) { store4(p, v.low), store4(p + 4, v.high); }
 
-RMT_INLINE void add_to(double* sum, const float* p) {
-  store4(sum, load4(sum) + load4(p));
-  store4(sum + 4, load4(sum + 4) + load4(p + 4));
-}
-RMT_INLINE void add_to(double* sum, const double* p) {
+template <class T>
+RMT_INLINE void add_to(double* sum, const T* p) {
   store4(sum, load4(sum) + load4(p));
   store4(sum + 4, load4(sum + 4) + load4(p + 4));
 }
@@ -44,7 +41,7 @@ template <class T>
 constexpr int kRows = sizeof(T) == 4 ? 12 : 6;
 static_assert(kRows<float> <= kTileRows, "a tile must fit its scratch");
 
-// A cache line, and how far ahead of the sums the rows are fetched.
+// A cache line, and how far ahead of the sums the rows are fetched: beyond the end a prefetch does nothing.
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
 template <class T>

@@ -87,8 +87,9 @@ class LinearMap:
             raise ShapeError("center=True is for gram=True: a symmetric matrix has no samples to centre")
         if not gram and matrix.shape[0] != matrix.shape[1]:
             raise ShapeError(f"matrix must be square, got {tuple(matrix.shape)}; for X'X of samples X give gram=True")
-        self.operator = "lanczos_multiply_gram" if gram else "lanczos_multiply"
-        self.backend = select(self.operator, matrix.device, backend)
+        if matrix.device.type == "meta":
+            raise DeviceError("the eigenvalues of a matrix without data (on the meta device) cannot be found")
+        self.backend = select("lanczos_multiply_gram" if gram else "lanczos_multiply", matrix.device, backend)
         self.matrix = dense_rows(matrix.detach())
         self.gram, self.dim, self.dtype, self.device = gram, matrix.shape[1], matrix.dtype, matrix.device
         self.mean = two_parts(column_mean(self.matrix), self.dtype) if center else None

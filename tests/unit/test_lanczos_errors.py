@@ -90,6 +90,7 @@ def test_overflow() -> None:
         (DtypeError, lambda: lanczos_eigh(torch.eye(4), 1, start=torch.ones(4, 1).double())),
         (DeviceError, lambda: lanczos_eigh(torch.eye(4), 1, start=torch.ones(4, 1, device="meta"))),
         (MatrixError, lambda: lanczos_eigh(torch.eye(4), 1, start=torch.full((4, 1), torch.nan))),
+        (DeviceError, lambda: lanczos_eigh(torch.eye(4, device="meta"), 1)),
         (DtypeError, lambda: lanczos_eigh(torch.eye(4).half(), 1)),
         (DtypeError, lambda: lanczos_eigh(torch.eye(4).cfloat(), 1)),
         (ShapeError, lambda: lanczos_above(torch.eye(4), torch.nan)),
