@@ -22,6 +22,8 @@ OPERATORS = (
     "spectrum_descriptors_",
     "covariance_update_",
     "lowrank_linear",
+    "lanczos_multiply",
+    "lanczos_multiply_gram",
 )
 BACKENDS = ("cpu", "cuda", "reference")
 

@@ -27,3 +27,7 @@ class StateError(RmtkernelsError, RuntimeError):
 
 class BackendError(RmtkernelsError, RuntimeError):
     """A backend was asked for that is not there, or none is."""
+
+
+class MatrixError(RmtkernelsError, ValueError):
+    """A matrix holds numbers that the operator does not take: NaN, Inf, or a matrix that must be symmetric is not."""

@@ -7,24 +7,29 @@
 
 namespace rmtkernels {
 
-#define RMT_DECLARE_KERNELS(isa)                                                                         \
-  namespace isa {                                                                                        \
-  double load_row(float*, const void*, DType, int64_t, int64_t);                                         \
-  void dot_rows(double*, const float*, const void*, DType, int64_t, int64_t);                            \
-  void eigvalsh_f32(const float*, float*, int64_t, int64_t, int64_t);                                    \
-  void eigvalsh_f64(const double*, double*, int64_t, int64_t, int64_t);                                  \
-  void descriptors(const DescriptorArgs&, int64_t, int64_t);                                             \
-  double squared_norm(const void*, DType, int64_t);                                                      \
-  void add_rows(double*, const RowList&, int64_t, int64_t);                                              \
-  int64_t panel_width(bool);                                                                             \
-  void pack_rows(void*, bool, int64_t, const RowList&, const double*, int64_t, int64_t, int64_t);        \
-  void add_scatter(void*, const void*, bool, int64_t, int64_t, const PanelBlock&);                       \
-  void scale_lower(void*, bool, int64_t, double, int64_t, int64_t);                                      \
-  void load_activations(float*, const void*, DType, bool, int64_t, int64_t);                             \
-  void row_products(const RowProducts&, int64_t, int64_t);                                               \
-  static const Kernels table = {load_row,     dot_rows,         eigvalsh_f32, eigvalsh_f64, descriptors, \
-                                squared_norm, add_rows,         panel_width,  pack_rows,    add_scatter, \
-                                scale_lower,  load_activations, row_products};                           \
+#define RMT_DECLARE_KERNELS(isa)                                                                               \
+  namespace isa {                                                                                              \
+  double load_row(float*, const void*, DType, int64_t, int64_t);                                               \
+  void dot_rows(double*, const float*, const void*, DType, int64_t, int64_t);                                  \
+  void eigvalsh_f32(const float*, float*, int64_t, int64_t, int64_t);                                          \
+  void eigvalsh_f64(const double*, double*, int64_t, int64_t, int64_t);                                        \
+  void descriptors(const DescriptorArgs&, int64_t, int64_t);                                                   \
+  double squared_norm(const void*, DType, int64_t);                                                            \
+  void add_rows(double*, const RowList&, int64_t, int64_t);                                                    \
+  int64_t panel_width(bool);                                                                                   \
+  void pack_rows(void*, bool, int64_t, const RowList&, const double*, int64_t, int64_t, int64_t);              \
+  void add_scatter(void*, const void*, bool, int64_t, int64_t, const PanelBlock&);                             \
+  void scale_lower(void*, bool, int64_t, double, int64_t, int64_t);                                            \
+  void load_activations(float*, const void*, DType, bool, int64_t, int64_t);                                   \
+  void row_products(const RowProducts&, int64_t, int64_t);                                                     \
+  void multiply_f32(const MultiplyArgs&, int64_t, int64_t);                                                    \
+  void multiply_f64(const MultiplyArgs&, int64_t, int64_t);                                                    \
+  void multiply_gram_f32(const MultiplyArgs&, int64_t, int64_t);                                               \
+  void multiply_gram_f64(const MultiplyArgs&, int64_t, int64_t);                                               \
+  static const Kernels table = {load_row,          dot_rows,         eigvalsh_f32, eigvalsh_f64, descriptors,  \
+                                squared_norm,      add_rows,         panel_width,  pack_rows,    add_scatter,  \
+                                scale_lower,       load_activations, row_products, multiply_f32, multiply_f64, \
+                                multiply_gram_f32, multiply_gram_f64};                                         \
   }
 
 RMT_DECLARE_KERNELS(baseline)

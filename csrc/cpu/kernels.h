@@ -50,6 +50,23 @@ struct RowProducts {
   int64_t rows, dim, out_dim;
 };
 
+// A matrix (rows, cols) and eight vectors side by side, packed (cols, 8); lanes beyond `lanes` are zero.
+struct MultiplyArgs {
+  const void* matrix;  // rows `stride` elements apart
+  const void* block;
+  void* out;         // multiply: (lanes, rows)
+  const void* mean;  // multiply_gram: (2, cols), subtracted from each row one after the other; may be null
+  double* sums;      // multiply_gram: (chunks, cols, 8)
+  void* scratch;     // multiply_gram: gram_scratch(cols) for each chunk
+  int64_t stride, rows, cols;
+  int64_t chunk;  // rows of one problem of multiply_gram
+  int lanes;
+};
+constexpr int kTileRows = 12;
+// Rows of a tile must not all fall into one set of the cache, as they would a power of two apart.
+static constexpr int64_t tile_stride(int64_t cols) { return cols + 16; }
+static constexpr int64_t gram_scratch(int64_t cols) { return 8 * cols + kTileRows * tile_stride(cols); }
+
 // One table per instruction set. Problems are numbered; a call does problems begin .. end - 1.
 struct Kernels {
   // Converts a strided row to float32 and returns its squared norm.
@@ -79,6 +96,11 @@ struct Kernels {
   void (*load_activations)(float* out, const void* x, DType type, bool pairs, int64_t rows, int64_t dim);
   // out[r][j] = <x[r], weights[j]> + bias[j] for all rows r and outputs begin .. end - 1.
   void (*row_products)(const RowProducts& args, int64_t begin, int64_t end);
+  // Products with a narrow block: A v, a problem is a row; X'X v, a problem is a chunk of rows.
+  void (*multiply_f32)(const MultiplyArgs& args, int64_t begin, int64_t end);
+  void (*multiply_f64)(const MultiplyArgs& args, int64_t begin, int64_t end);
+  void (*multiply_gram_f32)(const MultiplyArgs& args, int64_t begin, int64_t end);
+  void (*multiply_gram_f64)(const MultiplyArgs& args, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels();

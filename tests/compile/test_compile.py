@@ -15,6 +15,8 @@ from rmtkernels import (
     StreamingCovariance,
     covariance_update_,
     dispatch,
+    lanczos_multiply,
+    lanczos_multiply_gram,
     lowrank_linear,
     spectrum_descriptors,
     spectrum_descriptors_,
@@ -95,6 +97,10 @@ OPCHECKS: list[tuple[str, tuple[Any, ...]]] = [
     ("lowrank_linear", (*lowrank_arguments((5,), torch.bfloat16, torch.bfloat16)[:3], None)),
     ("lowrank_linear", (normal(9, 4).T, *lowrank_arguments((4,), torch.bfloat16, torch.float32)[1:3])),
     ("lowrank_linear", lowrank_arguments((0,), torch.float32, torch.float32)),
+    ("lanczos_multiply", (normal(7, 9), normal(3, 9))),
+    ("lanczos_multiply", (normal(9, 9, dtype=torch.float64), normal(10, 9, dtype=torch.float64))),
+    ("lanczos_multiply_gram", (normal(7, 9), None, normal(3, 9))),
+    ("lanczos_multiply_gram", (normal(7, 9), normal(2, 9), normal(8, 9))),
 ]
 
 
@@ -115,6 +121,8 @@ def shapes_of(results: Any) -> list[tuple[torch.Size, torch.dtype, tuple[int, ..
         lambda: window_gram(torch.zeros(2, 2, 9, dtype=torch.float16), 4, 3),
         lambda: spectrum_eigvalsh(torch.zeros(2, 3, 6, 6, dtype=torch.float64)),
         lambda: spectrum_eigvalsh(torch.zeros(4, 2, 3, 3).permute(1, 0, 3, 2)),
+        lambda: lanczos_multiply(torch.zeros(7, 9), torch.zeros(3, 9)),
+        lambda: lanczos_multiply_gram(torch.zeros(7, 9).mT, torch.zeros(3, 7), mean=torch.zeros(7).double()),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6), torch.zeros(3, dtype=torch.int64), 9, joint="trace"),
         lambda: spectrum_descriptors(torch.zeros(2, 3, 6, 6).mT, torch.zeros(3, dtype=torch.int64), 9),
@@ -171,6 +179,8 @@ def test_a_compiled_decode_loop_leaves_the_same_state() -> None:
     [
         (lambda h, m: window_gram(h, 4, 2, m), (normal(2, 9, 11, dtype=torch.bfloat16), normal(2, 9) > -0.5)),
         (lambda a: spectrum_eigvalsh(a + 1), (normal(3, 2, 12, 12),)),
+        (lambda a, v: lanczos_multiply(a * 2, v), (normal(12, 30), normal(4, 30))),
+        (lambda x, v: lanczos_multiply_gram(x, v, mean=x.double().mean(0)), (normal(40, 30), normal(4, 30))),
         (lambda g, s: spectrum_descriptors(g, s, 9), gram_of(normal(2, 3, 6, 9))),
         (lambda g, s: spectrum_descriptors(g * 2, s, 9, joint="trace", center=False), gram_of(normal(2, 3, 6, 9))),
         (lambda x, *weights: lowrank_linear(x * 2, *weights), lowrank_arguments((2, 3), torch.float32, torch.bfloat16)),
@@ -194,6 +204,7 @@ def test_the_first_use_of_an_operator_may_be_a_compiled_one(monkeypatch: pytest.
         (lambda h: window_gram(h, 3), (normal(1, 5, 4),)),
         (lambda s, batch: covariance_update_(s.mean, s.scatter, s.totals, batch), (empty_covariance(4), normal(5, 4))),
         (spectrum_eigvalsh, (normal(4, 4),)),
+        (lanczos_multiply, (normal(5, 4), normal(2, 4))),
         (lambda g, s: spectrum_descriptors(g, s, 4), gram_of(normal(1, 1, 3, 4))),
         (lowrank_linear, lowrank_arguments((2,), torch.float32, torch.float32)),
     ):

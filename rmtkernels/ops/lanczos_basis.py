@@ -1,0 +1,126 @@
+"""The Krylov basis of block Lanczos: steps, restarts, Ritz values. Vectors are rows; nothing waits for the device."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rmtkernels.ops.lanczos_multiply import LinearMap
+
+
+class Ritz(NamedTuple):
+    """Approximate eigenpairs, largest first, on the host, in float64.
+
+    Attributes:
+        values: (m,). shares: (m, m), column i holds the coefficients of vector i in the basis.
+        bounds: (m,), the residual norms that the recurrence promises.
+        scale: largest magnitude among the values.
+    """
+
+    values: Tensor
+    shares: Tensor
+    bounds: Tensor
+    scale: float
+
+
+class Basis:
+    """Orthonormal rows Q, their images A Q, and the projection Q A Q'; `rest` is what comes next.
+
+    A Q = Q T + rest' coupling, where only the last block of Q takes part in the coupling.
+    """
+
+    def __init__(self, multiply: LinearMap, capacity: int, start: Tensor, generator: torch.Generator) -> None:
+        self.multiply, self.generator = multiply, generator
+        self.vectors = multiply.matrix.new_empty(0, multiply.dim)
+        self.images, self.projected = self.vectors, torch.zeros(0, 0, dtype=torch.float64, device=multiply.device)
+        self.size, self.steps = 0, 0
+        self.scale = multiply.matrix.new_zeros((), dtype=torch.float64)
+        self.noise = self.random(start.shape[0])
+        self.reserve(capacity)
+        self.rest, self.coupling = self._orthonormal(start)
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for `capacity` vectors, or as many as there can be."""
+        capacity = min(capacity, self.multiply.dim)
+        if capacity <= len(self.vectors):
+            return
+        grown = self.vectors.new_empty(2, capacity, self.multiply.dim)
+        projected = self.projected.new_zeros(capacity, capacity)
+        grown[0, : self.size], grown[1, : self.size] = self.vectors[: self.size], self.images[: self.size]
+        projected[: self.size, : self.size] = self.projected[: self.size, : self.size]
+        self.vectors, self.images, self.projected = grown[0], grown[1], projected
+
+    def full(self) -> bool:
+        """Whether the next block has no room."""
+        return self.size + len(self.rest) > len(self.vectors)
+
+    def step(self) -> None:
+        """Takes the next block into the basis."""
+        first, last = self.size, self.size + len(self.rest)
+        image = self.multiply(self.rest)
+        self.vectors[first:last], self.images[first:last] = self.rest, image
+        self.size, self.steps = last, self.steps + 1
+        self.scale = torch.maximum(self.scale, image.norm(dim=1, dtype=torch.float64).max())
+        basis = self.vectors[:last]
+        products = image @ basis.mT
+        self.projected[first:last, :last] = products
+        self.projected[:first, first:last] = products[:, :first].mT
+        self.rest, self.coupling = self._orthonormal(torch.addmm(image, products, basis, alpha=-1))
+
+    def ritz(self) -> Ritz:
+        """Eigenpairs of the projection. Waits for the device, once."""
+        projected = self.projected[: self.size, : self.size]
+        last = self.coupling.shape[1]
+        packed = torch.cat([projected.flatten(), self.coupling.double().flatten()]).cpu()
+        projected, coupling = packed[: self.size**2].view(self.size, -1), packed[self.size**2 :].view(-1, last)
+        if not packed.isfinite().all():
+            nan = torch.full((self.size,), torch.nan, dtype=torch.float64)
+            return Ritz(nan, nan.expand(self.size, -1), nan, torch.nan)
+        values, shares = torch.linalg.eigh((projected + projected.mT) / 2)
+        values, shares = values.flip(0), shares.flip(1)
+        bounds = (coupling @ shares[self.size - last :]).norm(dim=0)
+        return Ritz(values, shares, bounds, float(values.abs().max()))
+
+    def combine(self, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the vectors with these shares (m, count), and of their images."""
+        weights = shares.mT.to(self.vectors)
+        return weights @ self.vectors[: self.size], weights @ self.images[: self.size]
+
+    def restart(self, ritz: Ritz, keep: int) -> None:
+        """Keeps the first Ritz vectors only; the next block goes on where this one ended."""
+        self.vectors[:keep], self.images[:keep] = self.combine(ritz.shares[:, :keep])
+        self.projected[:keep, :keep] = ritz.values[:keep].diag()
+        self.coupling = self.coupling @ ritz.shares[self.size - self.coupling.shape[1] :, :keep].to(self.coupling)
+        self.size = keep
+
+    def widen(self) -> None:
+        """Adds random vectors to the next block and to all that follow."""
+        extra = min(len(self.noise), self.multiply.dim - self.size - len(self.rest))
+        if extra <= 0:
+            return
+        wider = torch.cat([self.rest, self.random(extra)])
+        self.noise = self.random(len(wider))
+        self.rest, _ = self._orthonormal(wider)
+
+    def random(self, count: int) -> Tensor:
+        """Rows of norm about 1, from the seed."""
+        rows: Tensor = torch.randn(count, self.multiply.dim, generator=self.generator, dtype=self.multiply.dtype)
+        return rows.to(self.multiply.device) / math.sqrt(self.multiply.dim)
+
+    def _orthonormal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Orthonormal rows, orthogonal to the basis, that span `rows` (b, d), and R with rows = R' of them.
+
+        A row that depends on those before it, or on the basis, to rounding gives way to a random one.
+        """
+        basis, room = self.vectors[: self.size], self.multiply.dim - self.size
+        if room == 0:
+            return rows[:0], rows.new_zeros(1, len(rows))
+        unit, triangle = torch.linalg.qr(rows.mT)
+        unit = unit.mT
+        negligible = 16 * torch.finfo(rows.dtype).eps * self.scale
+        gone = triangle.diagonal()[:, None].abs() <= negligible
+        unit = torch.where(gone[: len(unit)], self.noise[: len(unit)].roll(self.steps, 1), unit)[:room]
+        for _ in range(1 if 2 * self.size < self.multiply.dim else 3):  # near the end little is left of a random row
+            unit = torch.linalg.qr(torch.addmm(unit, unit @ basis.mT, basis, alpha=-1).mT)[0].mT
+        return unit, triangle
