@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from eigentrack.errors import FileFormatError
+from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 MAX_HEADER = 1 << 20  # bytes; the header of every layer of an 80-layer model takes a twentieth
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "spectra": ("per_layer", "joint"),
+    "start": ("answer", "prompt"),
+    "normalize": (None, "rms"),
+    "noise": ("median", "trace"),
+    "layer_scale": ("trace", "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def write(path: str | Path, kind: str, version: int, tensors: Mapping[str, Tenso
 
     Raises:
         FileFormatError: if the description is longer than a reader would take.
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, or `path` names no file.
     """
     from safetensors.torch import save
 
@@ -56,6 +64,8 @@ def write(path: str | Path, kind: str, version: int, tensors: Mapping[str, Tenso
     if int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise FileFormatError(f"the description of {path} is longer than {MAX_HEADER} bytes; watch fewer layers")
     path = Path(path)
+    if not path.name:
+        raise IsADirectoryError(f"cannot write to {str(path)!r}: give a path that ends with the name of a file")
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with aside.open("xb") as file:
@@ -84,8 +94,14 @@ def read(
         raise FileFormatError(f"{path} is no {kind} file: its format is {description.get('format', 'not named')!s:.60}")
     written = description.pop("format_version", "")
     if written != str(version):
-        if written.isdecimal() and int(written) > version:
-            raise FileFormatError(f"{path} has format version {written}, this eigentrack reads {version}: update it")
+        try:
+            newer = int(written) > version
+        except ValueError:  # no number, or one of thousands of digits
+            newer = False
+        if newer:
+            raise FileFormatError(
+                f"{path} has format version {written:.20}, this eigentrack reads {version}: update it"
+            )
         raise FileFormatError(
             f"{path} has format version {written!r:.20}, this eigentrack reads {version}: record anew"
         )
@@ -108,7 +124,7 @@ def settings_of(fields: object, path: str | Path) -> Settings:
     """Settings from the fields of a file.
 
     Raises:
-        FileFormatError: if one is missing, unknown or of the wrong type.
+        FileFormatError: if one is missing, unknown, of the wrong type, or what no monitor can be set to.
     """
     wanted = get_type_hints(Settings)
     if not isinstance(fields, dict) or set(fields) != set(wanted):
@@ -123,7 +139,16 @@ def settings_of(fields: object, path: str | Path) -> Settings:
             right = type(value) is tuple and all(type(v) is inner for v in value)
         if not right:
             raise FileFormatError(f"{path} has {value!r:.60} for {name}: record anew")
-    return Settings(**values)  # type: ignore[arg-type]
+        if name in CHOICES and value not in CHOICES[name]:
+            raise FileFormatError(f"{path} has {value!r:.60} for {name}, which no monitor is set to: record anew")
+    settings = Settings(**values)  # type: ignore[arg-type]
+    if not 1 <= settings.window <= MAX_WINDOW:
+        raise FileFormatError(f"{path} has windows of {settings.window}, not 1 to {MAX_WINDOW}: record anew")
+    if len(settings.layers) != len(settings.taps):
+        raise FileFormatError(
+            f"{path} contradicts itself: {len(settings.layers)} layers, and {len(settings.taps)} taps; record anew"
+        )
+    return settings
 
 
 def _description(path: Path) -> dict[str, str]:

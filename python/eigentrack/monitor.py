@@ -14,7 +14,7 @@ from eigentrack.cache import CacheView
 from eigentrack.candidates import Candidates
 from eigentrack.clock import Clock, Overhead
 from eigentrack.errors import EigenTrackError, TapError
-from eigentrack.files import Settings
+from eigentrack.files import CHOICES, Settings
 from eigentrack.passes import Pass
 from eigentrack.recording import Recording, current_versions
 from eigentrack.request import Request
@@ -83,13 +83,13 @@ class EigenTrack:
         end_tokens: Sequence[int] | None = None,
         on_token: Callable[[Step], object] | None = None,
     ) -> None:
-        _check_choice("spectra", spectra, ("per_layer", "joint"))
-        _check_choice("start", start, ("answer", "prompt"))
+        _check_choice("spectra", spectra, CHOICES["spectra"])
+        _check_choice("start", start, CHOICES["start"])
         _check_choice("tap", tap, ("residual", "mlp"))
-        _check_choice("normalize", normalize, (None, "rms"))
-        _check_choice("noise", noise, ("median", "trace"))
-        _check_choice("layer_scale", layer_scale, ("trace", "none"))
-        if not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
+        _check_choice("normalize", normalize, CHOICES["normalize"])
+        _check_choice("noise", noise, CHOICES["noise"])
+        _check_choice("layer_scale", layer_scale, CHOICES["layer_scale"])
+        if type(window) is not int or not 1 <= window <= MAX_WINDOW:
             raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
         self.model = model
         if modules is None:
@@ -103,17 +103,24 @@ class EigenTrack:
             self.layers = list(range(len(modules)))
             self._taps = list(modules)
             self._tap_names = module_names(model, self._taps)
-        self.spectra = spectra
-        self.window = window
-        self.normalize = normalize
-        self.center = center
-        self.noise = noise
         self.on_token = on_token
-        self.start = start
-        self.layer_scale = layer_scale
         self._joint = layer_scale if spectra == "joint" else None
         self._prompt_too = start == "prompt"
         self._end_tokens = end_tokens_of(model) if end_tokens is None else list(end_tokens)
+        self._settings = Settings(
+            model=type(model).__name__,
+            names=tuple(self.names),
+            taps=tuple(self._tap_names),
+            layers=tuple(self.layers),
+            window=window,
+            spectra=spectra,
+            start=start,
+            normalize=normalize,
+            center=center,
+            noise=noise,
+            layer_scale=layer_scale,
+            end_tokens=tuple(self._end_tokens),
+        )
         self._hooks: Attachment | None = None
         self._passes: int | None = None  # how many the last block saw
         self._request = Request(self._end_tokens, self._prompt_too)
@@ -173,20 +180,36 @@ class EigenTrack:
     @property
     def settings(self) -> Settings:
         """What this monitor is set to: what `save` writes beside the values."""
-        return Settings(
-            model=type(self.model).__name__,
-            names=tuple(self.names),
-            taps=tuple(self._tap_names),
-            layers=tuple(self.layers),
-            window=self.window,
-            spectra=self.spectra,
-            start=self.start,
-            normalize=self.normalize,
-            center=self.center,
-            noise=self.noise,
-            layer_scale=self.layer_scale,
-            end_tokens=tuple(self._end_tokens),
-        )
+        return self._settings
+
+    @property
+    def window(self) -> int:
+        """As given, and so are the next six: what a monitor is set to stays so."""
+        return self._settings.window
+
+    @property
+    def spectra(self) -> str:
+        return self._settings.spectra
+
+    @property
+    def start(self) -> str:
+        return self._settings.start
+
+    @property
+    def normalize(self) -> str | None:
+        return self._settings.normalize
+
+    @property
+    def center(self) -> bool:
+        return self._settings.center
+
+    @property
+    def noise(self) -> str:
+        return self._settings.noise
+
+    @property
+    def layer_scale(self) -> str:
+        return self._settings.layer_scale
 
     def recording(self) -> Recording:
         """The request as it stands, copied to the CPU.
@@ -202,7 +225,7 @@ class EigenTrack:
 
         Raises:
             EigenTrackError: if nothing has been watched yet.
-            OSError: if the file cannot be written.
+            OSError: if the file cannot be written, or `path` names no file.
         """
         self.recording().save(path)
 
@@ -223,10 +246,11 @@ class EigenTrack:
     def stop_when(self, fn: Callable[[Step], bool | Tensor]) -> "StopWhen":
         """A stopping criterion: `model.generate(..., stopping_criteria=[track.stop_when(fn)])`. Needs transformers.
 
-        `fn` is asked once for each watched step and returns a bool, or a (B,) bool tensor on any device; True ends that
-        sequence for good, and it is not watched on. The token chosen after that step is still part of the output: it
-        was there before it could be judged. Until a token has been watched, all sequences go on. In a batch, generate()
-        feeds a sequence that has ended with padding only if there is an end token; else it goes on in the output.
+        `fn` is asked once for each step watched from now on and returns a bool, or a (B,) bool tensor on any device;
+        True ends that sequence until another request or, on a kept cache, another turn, and it is not watched on. The
+        token chosen after that step is still part of the output: it was there before it could be judged. Until a token
+        has been watched, all sequences go on. In a batch, generate() feeds a sequence that has ended with padding only
+        if there is an end token; else it goes on in the output.
 
         Raises:
             CallbackError: while generating, if `fn` returns anything else.
@@ -323,7 +347,7 @@ class EigenTrack:
         steps = self._windows.steps  # reading in the callback may settle candidates
         while history is not None and history is self._windows.history and self._told < steps and callback:
             self._told += 1
-            callback(read_step(history, self._told - 1))
+            callback(read_step(history, self._told - 1, self._settings))
 
     def _read(self, name: str) -> Tensor:
         self._settle()

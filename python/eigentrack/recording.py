@@ -70,7 +70,7 @@ class Recording:
 
         Raises:
             FileFormatError: if the names of modules take more than a megabyte.
-            OSError: if it cannot be written.
+            OSError: if it cannot be written, or `path` names no file.
         """
         tensors = {name: getattr(self, name) for name in DTYPES}
         fields = {"settings": settings_fields(self.settings), "versions": dict(self.versions)}
@@ -115,3 +115,6 @@ def _check_shapes(recording: Recording, path: str | Path) -> None:
             raise FileFormatError(
                 f"{path} contradicts itself: {name} are {found}, and its settings and tokens say {shape}; record anew"
             )
+    for name in ("descriptors", "eigenvalues"):
+        if not getattr(recording, name)[~recording.watched].isnan().all():
+            raise FileFormatError(f"{path} contradicts itself: {name} in steps that were not watched; record anew")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from eigentrack.files import Settings
 from eigentrack.history import History
 
 
@@ -17,6 +18,7 @@ class Step:
         descriptors: (B, F) float32, as `track.descriptors[:, t]`; NaN where a sequence took no part.
         watched: (B,) bool, which sequences took part.
         rows: (B,) int64, how many activations each window holds, 0 to N.
+        settings: the monitor's.
     """
 
     index: int
@@ -24,9 +26,10 @@ class Step:
     descriptors: Tensor
     watched: Tensor
     rows: Tensor
+    settings: Settings | None = None
 
 
-def read_step(history: History, index: int) -> Step:
+def read_step(history: History, index: int, settings: Settings | None = None) -> Step:
     """Step `index` of a history."""
     watched = history.watched[index].clone()
     descriptors = history.descriptors[index].transpose(0, 1).flatten(1)  # (S, B, F) -> (B, S * F)
@@ -37,4 +40,5 @@ def read_step(history: History, index: int) -> Step:
         descriptors.masked_fill(~watched[:, None], float("nan")),
         watched,
         history.watched[: index + 1].sum(0).clamp_(max=window),
+        settings,
     )

@@ -86,6 +86,19 @@ def test_settings_are_those_of_the_monitor(llama: Any, tmp_path: Path, options: 
     assert (settings.model, settings.taps, settings.end_tokens) == ("LlamaForCausalLM", ("layer2", "layer5"), (0, 2))
 
 
+@pytest.mark.parametrize("name", ["window", "spectra", "start", "normalize", "center", "noise", "layer_scale"])
+def test_settings_cannot_be_changed(track: EigenTrack, name: str) -> None:
+    assert getattr(track, name) == getattr(track.settings, name)
+    with pytest.raises(AttributeError):
+        setattr(track, name, getattr(track, name))
+
+
+@pytest.mark.parametrize("window", [True, 0, 129, 8.0])
+def test_windows_that_are_none(llama: Any, window: Any) -> None:
+    with pytest.raises(EigenTrackError, match="window must be"):
+        EigenTrack(llama, window=window)
+
+
 def test_a_recording_is_a_frozen_copy(track: EigenTrack) -> None:
     recording = track.recording()
     before = recording.descriptors.clone()
@@ -179,7 +192,11 @@ def test_files_of_others(tmp_path: Path) -> None:
         eigentrack.load(tmp_path / "z")
 
 
-@pytest.mark.parametrize(("version", "advice"), [("2", "update"), ("0", "record anew"), ("x", "record anew")])
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [("2", "update"), ("0", "record anew"), ("x", "record anew"), ("9" * 5000, "record anew")],
+    ids=["newer", "older", "no number", "digits"],
+)
 def test_other_versions(file: Path, version: str, advice: str) -> None:
     rewritten(file, lambda tensors, metadata: metadata.update(format_version=version))
     with pytest.raises(FileFormatError, match=advice):
@@ -226,6 +243,43 @@ def test_settings_of_the_wrong_kind(file: Path, change: Any) -> None:
     rewritten(file, spoil)
     with pytest.raises(FileFormatError, match="record anew"):
         eigentrack.load(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spectra": "both"},
+        {"start": ""},
+        {"normalize": "l2"},
+        {"noise": "mean"},
+        {"layer_scale": "x"},
+        {"window": 0},
+        {"window": 129},
+        {"layers": [2]},
+    ],
+)
+def test_settings_that_no_monitor_has(file: Path, change: dict[str, Any]) -> None:
+    def spoil(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        metadata["settings"] = json.dumps({**json.loads(metadata["settings"]), **change})
+        if "window" in change:
+            tensors["eigenvalues"] = torch.full((2, 11, 2, change["window"]), torch.nan)
+
+    rewritten(file, spoil)
+    with pytest.raises(FileFormatError, match=r"no monitor|windows of|layers, and"):
+        eigentrack.load(file)
+
+
+@pytest.mark.parametrize("name", ["descriptors", "eigenvalues"])
+def test_values_where_nothing_was_watched(file: Path, name: str) -> None:
+    rewritten(file, lambda tensors, metadata: tensors.update({name: tensors[name].nan_to_num(1)}))
+    with pytest.raises(FileFormatError, match="not watched"):
+        eigentrack.load(file)
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_file_s_name(track: EigenTrack, path: str) -> None:
+    with pytest.raises(IsADirectoryError, match="the name of a file"):
+        track.save(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "3"])
