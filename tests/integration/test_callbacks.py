@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -163,6 +164,33 @@ def test_a_criterion_can_be_used_again(llama: Any) -> None:
         first = generate(llama, prompt(), stopping_criteria=criteria)
         second = generate(llama, prompt(), stopping_criteria=criteria)
     assert torch.equal(first, second) and first.shape[1] == 11
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_second_turn_is_judged_by_its_own_steps(llama: Any, again: bool) -> None:
+    asked: list[int] = []
+
+    def judge(step: Step) -> bool:
+        asked.append(step.index)
+        return step.index in (7, 15)
+
+    with EigenTrack(llama, window=WINDOW, start="prompt") as track:
+        criterion = track.stop_when(judge)
+        first = llama.generate(
+            prompt(), max_new_tokens=20, min_new_tokens=20, stopping_criteria=[criterion], return_dict_in_generate=True
+        )
+        told = track.steps
+        ids = torch.cat([first.sequences, prompt(1, 3, seed=4)], 1)
+        criterion = criterion if again else track.stop_when(judge)
+        second = generate(llama, ids, 20, past_key_values=first.past_key_values, stopping_criteria=[criterion])
+    assert told == 8 and asked == list(range(16))
+    assert second.shape[1] == 17, "steps 8 to 15, and the token chosen when step 15 was seen"
+
+
+def test_an_answer_of_numpy(llama: Any) -> None:
+    with EigenTrack(llama, window=WINDOW) as track:
+        criteria = [track.stop_when(lambda step: np.bool_(step.index >= 4))]
+        assert generate(llama, prompt(), stopping_criteria=criteria).shape[1] == 11
 
 
 def test_two_criteria_beside_each_other(llama: Any) -> None:
