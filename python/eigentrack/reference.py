@@ -69,6 +69,7 @@ class Reference:
     used: Tensor
     settings: Settings
     _on_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _checked: Settings | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def fit(recordings: Iterable[Watched], only: Sequence[str] = ()) -> "Reference":
@@ -149,16 +150,19 @@ class Reference:
     def score_step(self, step: Step) -> Tensor:
         """(B,) float32: the same for one step while the model generates, as `track.stop_when` wants it.
 
-        Cheap: 30 µs for the 230 descriptors of ten layers on one CPU core, and as much again for the Step itself.
+        Cheap: 30 µs for the 240 descriptors of ten layers on one CPU core, and as much again for the Step itself.
 
         Raises:
-            MismatchError: if the step has another number of descriptors.
+            MismatchError: if settings differ from the reference's, or the step has another number of descriptors.
         """
         if step.descriptors.shape[1] != self.median.shape[1]:
             raise MismatchError(
                 f"the reference has {self.median.shape[1]} descriptors, the step {step.descriptors.shape[1]}: "
                 "use the settings it was made with"
             )
+        if step.settings is not None and step.settings is not self._checked:
+            _check_settings(self.settings, step.settings)
+            object.__setattr__(self, "_checked", step.settings)  # one look per monitor, not per token
         return self._distance(step.descriptors, step.rows)
 
     def threshold(self, share: float) -> float:
@@ -177,7 +181,7 @@ class Reference:
         """Writes one safetensors file, whole or not at all; `Reference.load` gives back the same bits.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if it cannot be written, or `path` names no file.
         """
         tensors = {name: getattr(self, name) for name in DTYPES}
         write(path, KIND, VERSION, tensors, {"settings": settings_fields(self.settings)})
@@ -202,8 +206,13 @@ class Reference:
         known = tensors["counts"] > 0
         if not tensors["used"].any():
             raise FileFormatError(f"{path} contradicts itself: no descriptor is used")
-        if not (tensors["scale"][known] > 0).all() or not tensors["median"][known].isfinite().all():
-            raise FileFormatError(f"{path} contradicts itself: a deviation is not positive, or a median not finite")
+        scale, median, quantiles = tensors["scale"][known], tensors["median"][known], tensors["quantiles"]
+        if not (scale > 0).all() or not scale.isfinite().all() or not median.isfinite().all():
+            raise FileFormatError(f"{path} contradicts itself: a deviation is not positive, or a value not finite")
+        if (tensors["counts"] < 0).any():
+            raise FileFormatError(f"{path} contradicts itself: a count is negative")
+        if not quantiles.isfinite().all() or not (quantiles.diff() >= 0).all():
+            raise FileFormatError(f"{path} contradicts itself: quantiles must be finite and ascend")
         return Reference(**tensors, settings=settings)
 
     def _distance(self, descriptors: Tensor, rows: Tensor) -> Tensor:
@@ -254,7 +263,8 @@ def _statistics(pooled: Tensor, levels: Tensor, window: int) -> tuple[Tensor, Te
 
 def _check_settings(ours: Settings, theirs: Settings) -> None:
     """Raises MismatchError if descriptors made with these settings cannot be compared."""
-    free = {"taps", "layers", "end_tokens"} | ({"layer_scale"} if ours.spectra == "per_layer" else set())
+    # Names of separate spectra tell their layers; those of a joint one do not.
+    free = {"end_tokens"} | ({"taps", "layers", "layer_scale"} if ours.spectra == "per_layer" else set())
     for name in (one.name for one in fields(Settings) if one.name not in free):
         one, other = getattr(ours, name), getattr(theirs, name)
         if one != other:

@@ -207,6 +207,23 @@ def test_other_settings_are_refused(reference: Reference, change: dict[str, Any]
         Reference.fit([recorded(normal(50, 12, 0)), other])
 
 
+@pytest.mark.parametrize("change", [{"taps": ("layer7",)}, {"layers": (7,)}])
+def test_a_joint_spectrum_of_other_layers_is_refused(reference: Reference, change: dict[str, Any]) -> None:
+    with pytest.raises(MismatchError, match=next(iter(change))):
+        reference.score(recorded(normal(1, 12, 0), **change))
+
+
+def test_a_step_of_other_settings_is_refused(llama: Any, watched_reference: Reference) -> None:
+    for _ in range(2):
+        track = EigenTrack(llama, window=WINDOW, center=False, on_token=watched_reference.score_step)
+        with pytest.raises(MismatchError, match="center"), track:
+            generate(llama, prompt(), 4)
+    track = EigenTrack(llama, window=WINDOW + 1)
+    criteria = [track.stop_when(lambda step: watched_reference.score_step(step) > 2)]
+    with pytest.raises(MismatchError, match="window"), track:
+        generate(llama, prompt(), 4, stopping_criteria=criteria)
+
+
 def test_settings_that_do_not_matter(reference: Reference) -> None:
     reference.score(recorded(normal(1, 12, 0), end_tokens=(7,)))
     plain = {"spectra": "per_layer", "layer_scale": "trace"}
@@ -289,7 +306,12 @@ def test_files_that_are_not_references(reference: Reference, tmp_path: Path) -> 
         ("scale", lambda x: x * 0),
         ("scale", lambda x: x * math.nan),
         ("median", lambda x: x * math.nan),
+        ("scale", lambda x: x * math.inf),
         ("counts", lambda x: x[1:]),
+        ("counts", lambda x: x * torch.tensor([1, 1, 1, -1])),
+        ("quantiles", lambda x: x * math.nan),
+        ("quantiles", lambda x: x * math.inf),
+        ("quantiles", lambda x: x.flip(0)),
         ("quantiles", lambda x: x[1:]),
         ("used", lambda x: x[1:]),
         ("used", lambda x: ~x),
