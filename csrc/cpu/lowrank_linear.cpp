@@ -111,7 +111,7 @@ void compute(const Shape& s, const void* x, const void* down, const void* up, co
   }
 }
 
-Tensor lowrank_linear(Tensor x, Tensor down, Tensor up, std::optional<Tensor> bias) {
+Tensor lowrank_linear(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias) {
   const Shape s = check_lowrank_linear(x, down, up, bias);
   Tensor out = empty_result(s);
   if (s.rows * s.d_out == 0) return out;

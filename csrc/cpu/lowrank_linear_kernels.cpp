@@ -10,9 +10,8 @@ namespace rmtkernels {
 namespace RMT_ISA {
 namespace {
 
-constexpr int kBlock = 8;             // weight rows that stay in the nearest cache while all rows of x pass by
-constexpr int kPrefetchBytes = 2048;  // ahead of the weights being read: far enough for the second cache
-constexpr int kChunk = 16;            // elements of a bfloat16 vector
+constexpr int kBlock = 8;   // weight rows that stay in the nearest cache while all rows of x pass by
+constexpr int kChunk = 16;  // elements of a bfloat16 vector
 
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
@@ -69,11 +68,12 @@ RMT_INLINE void add16(f32x8 (&sum)[R][W], const float* x, const bfloat16* const*
 // sums[r * kBlock + j] = <x_r, w_j> for R rows of x and W rows of weights: R * W chains of FMAs hide their latency.
 template <int R, int W, class T>
 RMT_INLINE void tile(float* sums, const float* x, const T* const* w, int64_t dim) {
+  const int64_t next_block = kBlock * dim * int64_t(sizeof(T));
   f32x8 sum[R][W] = {};
   int64_t i = 0;
   for (; i + kChunk <= dim; i += kChunk) {
-    if (R == 1)
-      for (int j = 0; j < W; ++j) __builtin_prefetch(reinterpret_cast<const char*>(w[j] + i) + kPrefetchBytes);
+    if (R == 1)  // the same place in the next block: memory is what one row waits for
+      for (int j = 0; j < W; ++j) __builtin_prefetch(reinterpret_cast<const char*>(w[j] + i) + next_block);
     add16(sum, x, w, i, dim);
   }
   if (i + 8 <= dim) {
