@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from eigentrack.cache import CacheView, cache_of, keys_of, length_of, read_length
 from eigentrack.compiled import enlist
-from eigentrack.errors import EigenTrackError, TapError
+from eigentrack.errors import EigenTrackError, TapError, UnsupportedGenerationError
 from eigentrack.passes import Pass
 from eigentrack.taps import hidden_state
 
@@ -48,6 +48,7 @@ class Attachment:
         self._model = model
         self._names = names
         self._needs_mask = needs_mask
+        self._depth = _depth(model)
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._rows: list[Any] = []  # outputs of the taps in the running pass; empty if it is not watched
         self._missing = 0
@@ -159,6 +160,14 @@ class Attachment:
         thread = get_ident()
         if not self._hooks or (thread != self._owner and thread in self._others):
             return
+        depth = _depth(self._model)
+        if depth < self._depth:
+            self._model.config.num_hidden_layers = self._depth  # transformers does not put it back after an exception
+            raise UnsupportedGenerationError(
+                f"a pass runs {depth} of the model's {self._depth} blocks, as self-speculative decoding does: its drafts "
+                "cannot be told from the answer; generate without assistant_early_exit (a separate assistant_model can "
+                "be watched)"
+            )
         self.passes += 1
         self._runner, self._rows, self._missing = thread, [], len(self._names)
         several = given.fed is not None and given.fed.shape[1] > 1
@@ -187,6 +196,11 @@ class Attachment:
                 "torch.compiler.reset(), or set torch._dynamo.config.skip_nnmodule_hook_guards = False beforehand"
             )
         self._monitor._end_pass(view, entered)
+
+
+def _depth(model: Any) -> int:
+    """How many blocks the model's config says that a pass runs; 0 if it does not say."""
+    return getattr(getattr(model, "config", None), "num_hidden_layers", None) or 0
 
 
 def _uses_cache(model: nn.Module, given: dict[str, Any]) -> bool:

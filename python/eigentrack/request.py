@@ -150,7 +150,8 @@ class Request:
         if mask is None:
             return None
         if mask.dim() == 2:
-            return mask[:, -steps:].bool()
+            behind = past is not None and mask.shape[1] > past + steps  # columns for tokens that are yet to come
+            return (mask[:, past : past + steps] if behind else mask[:, -steps:]).bool()  # type: ignore[operator]
         if mask.dim() == 4 and past is not None and mask.shape[2] == steps and mask.shape[3] >= past + steps:
             own = mask.diagonal(past, 2, 3)[:, 0]
             return own if own.dtype == torch.bool else own == 0

@@ -150,3 +150,11 @@ def test_cropping_by_anybody_else_is_refused(llama: Any) -> None:
         cache.crop(-1)
         with pytest.raises(UnsupportedGenerationError, match="crop"):
             llama(torch.tensor([[8]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("start", ["answer", "prompt"])
+def test_self_speculative_decoding_is_refused_and_the_model_keeps_its_depth(llama: Any, start: str) -> None:
+    want = generate(llama)
+    with pytest.raises(UnsupportedGenerationError, match="assistant_early_exit"), EigenTrack(llama, start=start):
+        generate(llama, assistant_early_exit=2)
+    assert torch.equal(generate(llama), want)

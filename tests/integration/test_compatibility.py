@@ -318,6 +318,12 @@ REFUSED: list[tuple[str, str, Callable[[], None], str]] = [
     ),
     ("beam search", "UnsupportedGenerationError", lambda: generate(tiny_llama(depth=2), num_beams=3), "`num_beams=1`"),
     ("a cache cropped between two steps", "UnsupportedGenerationError", cropped, "a fresh cache"),
+    (
+        "self-speculative decoding",
+        "UnsupportedGenerationError",
+        lambda: generate(tiny_llama(depth=2), assistant_early_exit=1),
+        "no `assistant_early_exit`, or an `assistant_model`",
+    ),
     ("assisted decoding of a compiled model", "UnsupportedGenerationError", compiled_and_assisted, "one of the two"),
     (
         "a model compiled before",

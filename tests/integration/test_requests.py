@@ -268,3 +268,16 @@ def test_padding_in_a_prepared_mask_behind_a_filled_cache(llama: Any, kind: torc
         llama(ids[:, :4], past_key_values=cache)
         llama(ids[:, 4:], past_key_values=cache, attention_mask=mask)
     assert track.watched.tolist() == [[True] * 6 + [False], [True] * 7]
+
+
+@pytest.mark.parametrize("columns", [7, 32])
+def test_padding_in_a_mask_as_long_as_a_static_cache(llama: Any, columns: int) -> None:
+    ids = prompt(2, 7)
+    cache = StaticCache(config=llama.config, max_cache_len=32)
+    mask = torch.zeros(2, columns, dtype=torch.long)
+    mask[:, :7] = 1
+    mask[0, 4] = 0
+    with EigenTrack(llama, start="prompt", window=WINDOW) as track, torch.no_grad():
+        llama(ids[:, :4], past_key_values=cache, attention_mask=mask[:, :4] if columns == 7 else mask)
+        llama(ids[:, 4:], past_key_values=cache, attention_mask=mask)
+    assert track.watched.tolist() == [[True] * 4 + [False, True, True], [True] * 7]
