@@ -49,7 +49,10 @@ class Attachment:
         self._names = names
         self._needs_mask = needs_mask
         self._depth = _depth(model)
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters.values()
+        self._parameters = [parameter.name for parameter in parameters]
+        if parameters and next(iter(parameters)).kind is inspect.Parameter.VAR_POSITIONAL:
+            self._parameters = ["input_ids"]  # forward(*args, **kwargs) around a model
         self._rows: list[Any] = []  # outputs of the taps in the running pass; empty if it is not watched
         self._missing = 0
         self._runner = 0  # the thread that runs the pass
@@ -162,10 +165,11 @@ class Attachment:
             return
         depth = _depth(self._model)
         if depth < self._depth:
-            self._model.config.num_hidden_layers = self._depth  # transformers does not put it back after an exception
+            # transformers does not put it back after an exception
+            self._model.config.num_hidden_layers = self._depth  # type: ignore[union-attr]
             raise UnsupportedGenerationError(
-                f"a pass runs {depth} of the model's {self._depth} blocks, as self-speculative decoding does: its drafts "
-                "cannot be told from the answer; generate without assistant_early_exit (a separate assistant_model can "
+                f"a pass runs {depth} of the model's {self._depth} blocks, as self-speculative decoding does: its "
+                "drafts cannot be told from the answer; generate without assistant_early_exit (a separate assistant_model can "
                 "be watched)"
             )
         self.passes += 1

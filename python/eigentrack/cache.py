@@ -24,11 +24,18 @@ class CacheThread:
         self.batch = batch
         self.cache: weakref.ref[Any] | None = None
         self._address = 0
+        self._left: int | None = None  # tokens that the last pass left in the cache, if the host knows
 
     def remember(self, view: CacheView) -> None:
         """After a pass: takes note of the cache and of the memory that holds its keys. Only a pass may replace it."""
+        self._left = _known_length(view.cache)
         self.cache = None if view.cache is None else weakref.ref(view.cache)
         self._address = _address(view.keys)
+
+    def has_grown(self) -> bool:
+        """Whether there are tokens in the cache that no pass since has put there, as far as the host knows."""
+        length = _known_length(self.cache()) if self.cache is not None else None
+        return length is not None and self._left is not None and length > self._left
 
     def follows(self, view: CacheView, batch: int) -> bool:
         """Whether a pass with this cache continues the request.
@@ -84,6 +91,11 @@ def read_length(length: int, on_device: Tensor | None, may_wait: bool) -> int | 
     if on_device is None:
         return length
     return int(on_device) if may_wait or on_device.device.type == "cpu" else None
+
+
+def _known_length(cache: Any) -> int | None:
+    """Tokens in the cache; None if there is none, or if the host would have to wait for the number."""
+    return read_length(*length_of(cache), may_wait=False) if hasattr(cache, "get_seq_length") else None
 
 
 def _address(keys: Tensor | None) -> int:

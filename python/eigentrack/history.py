@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class History:
-    """Per step of one request, step first: descriptors, eigenvalues, tokens, and which sequences took part."""
+    """Per step of one request, step first: descriptors, eigenvalues, tokens, who took part, and rows accepted."""
 
     def __init__(
         self, batch: int, spectra: int, features: int, window: int, device: torch.device, capacity: int = 256
@@ -15,22 +15,23 @@ class History:
         self.eigenvalues = torch.empty(capacity, spectra, batch, window, device=device)
         self.tokens = torch.empty(capacity, batch, dtype=torch.int64, device=device)
         self.watched = torch.empty(capacity, batch, dtype=torch.bool, device=device)
+        self.rows = torch.empty(capacity, batch, dtype=torch.int64, device=device)
 
     def next_step(self) -> int:
-        """Index of a new step, with room made for it."""
+        """Index of a new step, with room made for it. It counts once `steps` says so, when it has been filled."""
         if self.steps == len(self.tokens):
-            for name in ("descriptors", "eigenvalues", "tokens", "watched"):
+            for name in ("descriptors", "eigenvalues", "tokens", "watched", "rows"):
                 old = getattr(self, name)
                 with torch.inference_mode(False):
                     setattr(self, name, torch.cat([old, torch.empty_like(old)]))
-        self.steps += 1
-        return self.steps - 1
+        return self.steps
 
     def read(self, name: str) -> Tensor:
         """A copy of one field, sequence first: (B, T) or (B, T, S, ...); NaN where a sequence took no part."""
-        values: Tensor = getattr(self, name)[: self.steps]
+        steps = self.steps  # another thread may be adding to it
+        values: Tensor = getattr(self, name)[:steps]
         if not values.is_floating_point():
             return values.t().clone(memory_format=torch.contiguous_format)
         values = values.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
-        values[~self.watched[: self.steps].t()] = torch.nan
+        values[~self.watched[:steps].t()] = torch.nan
         return values

@@ -19,7 +19,15 @@ from eigentrack.passes import Pass
 from eigentrack.recording import Recording, current_versions
 from eigentrack.request import Request
 from eigentrack.step import Step, read_step
-from eigentrack.taps import end_tokens_of, find_blocks, find_mlp, module_names, refuse_unsupported, select_layers
+from eigentrack.taps import (
+    check_rows,
+    end_tokens_of,
+    find_blocks,
+    find_mlp,
+    module_names,
+    refuse_unsupported,
+    select_layers,
+)
 from eigentrack.windows import Windows
 from rmtkernels import DESCRIPTORS
 from rmtkernels.ops.sliding_window import MAX_WINDOW
@@ -276,14 +284,18 @@ class EigenTrack:
         assert self._hooks is not None
         self._hooks.remove()
         self._passes, self._hooks = self._hooks.passes, None
-        if kind is None:
-            self._settle()
-            self._tell()
-        self._candidates = None
-        self._windows.release()
-        self._request.forget()
-        if kind is None and not self._passes:
-            warnings.warn(_NO_PASS, RuntimeWarning, stacklevel=2)
+        unseen = False
+        try:
+            if kind is None:
+                self._settle()
+                self._tell()
+                unseen = self._request.missed_passes()
+        finally:
+            self._candidates = None
+            self._windows.release()
+            self._request.forget()
+        if kind is None and (unseen or not self._passes):
+            warnings.warn(_UNSEEN if unseen else _NO_PASS, RuntimeWarning, stacklevel=2)
 
     # What runs inside the model's forward pass
 
@@ -306,6 +318,8 @@ class EigenTrack:
         """The (B, T, D) hidden states of the running pass, one per tap."""
         request = self._request
         watched, offered = request.split(rows[0])
+        if self._windows.history is None:
+            check_rows(self._tap_names, rows)
         if request.decoding or self._prompt_too:
             for t in range(watched):
                 one = rows if watched + offered == 1 else [row[:, t : t + 1] for row in rows]
@@ -351,6 +365,8 @@ class EigenTrack:
 
     def _read(self, name: str) -> Tensor:
         self._settle()
+        if self._request.missed_passes():
+            raise EigenTrackError(_UNSEEN)
         history = self._windows.history
         if history is None:
             if (self._passes if self._hooks is None else self._hooks.passes) == 0:
@@ -364,6 +380,12 @@ class EigenTrack:
 _NO_PASS = (
     "EigenTrack saw no forward pass of its model. A model that was compiled before never calls the hooks: enter "
     "EigenTrack before the compiled model is called for the first time"
+)
+
+_UNSEEN = (
+    "the cache of the watched text has grown in passes that EigenTrack did not see. A graph that was compiled before, "
+    "from the model or from what calls it, never calls the hooks: enter EigenTrack before that is called for the first "
+    "time"
 )
 
 

@@ -98,6 +98,11 @@ class Request:
         """So many tokens are left in the cache after candidates have been judged."""
         self._thread.length = length
 
+    def missed_passes(self) -> bool:
+        """Whether the cache has grown since the last pass that was seen; False where only a device knows."""
+        thread = self._thread
+        return thread.has_grown() and thread is self._thread  # else another thread's pass is running by now
+
     def forget(self) -> None:
         """The next pass begins a request."""
         self._thread, self.ids, self._mask = CacheThread(), None, None

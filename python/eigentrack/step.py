@@ -39,6 +39,6 @@ def read_step(history: History, index: int, settings: Settings | None = None) ->
         history.tokens[index].clone(),
         descriptors.masked_fill(~watched[:, None], float("nan")),
         watched,
-        history.watched[: index + 1].sum(0).clamp_(max=window),
+        history.rows[index].clamp(max=window),
         settings,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from eigentrack.errors import TapError, UnsupportedModelError
+from rmtkernels.ops.sliding_window import ACTIVATION_DTYPES
 
 # What transformers' blocks call their feed-forward part, dense or a mixture of experts.
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
@@ -90,6 +91,20 @@ def hidden_state(output: object) -> torch.Tensor:
     return hidden
 
 
+def check_rows(names: Sequence[str], rows: Sequence[torch.Tensor]) -> None:
+    """Raises TapError unless all hidden states have one shape and one dtype that windows can hold."""
+    kinds = {(row.shape, row.dtype) for row in rows}
+    if len(kinds) > 1 or rows[0].dtype not in ACTIVATION_DTYPES:
+        found = (
+            f"{name} {str(row.dtype).removeprefix('torch.')} {tuple(row.shape)}"
+            for name, row in zip(names, rows, strict=True)
+        )
+        raise TapError(
+            "watched modules must all return one width in one dtype of float32, bfloat16 and float16; got "
+            f"{', '.join(found)}: watch modules that agree, with a monitor each for the others, or convert the model"
+        )
+
+
 def module_names(model: nn.Module, modules: Sequence[nn.Module]) -> list[str]:
     """Qualified names of modules of `model`.
 
@@ -118,7 +133,12 @@ def refuse_unsupported(model: nn.Module, needs_cache: bool) -> None:
             "before the model is compiled, or set torch._dynamo.config.skip_nnmodule_hook_guards = False before it is, "
             "or leave torch.compile out"
         )
-    if needs_cache and "past_key_values" not in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    # A model that names its tokens names its cache too; a wrapper names neither, and passes on what it is given.
+    anything = "input_ids" not in parameters and any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+    if needs_cache and not anything and "past_key_values" not in parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes no past_key_values, so its answer cannot be told from its prompt: "
             'use start="prompt"'

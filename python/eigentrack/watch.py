@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eigentrack.clock import Overhead
@@ -76,11 +77,16 @@ def watch(
         )
         track.on_token = _Printer(tokenizer, track.window, track.center, colour, write)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    spectra = 1 if track.spectra == "joint" else len(track.layers)
+    descriptors = torch.empty(0, spectra, len(DESCRIPTORS))
+    eigenvalues = torch.empty(0, spectra, track.window)
+    if track.watching:  # else the answer ended with its first token
+        descriptors, eigenvalues = track.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS))), track.eigenvalues[0]
     return Watched(
         prompt,
         tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
-        track.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS))),
-        track.eigenvalues[0],
+        descriptors,
+        eigenvalues,
         track.layers,
         track.overhead(),
     )

@@ -56,6 +56,8 @@ class Windows:
         )
         torch.ge(self._newest, 0, out=history.watched[step])
         history.tokens[step] = -1 if tokens is None else tokens.select(1, 0)
+        history.rows[step] = state.rows
+        history.steps = step + 1
 
     def reset(self) -> None:
         """Empty windows, no history."""

@@ -1,7 +1,9 @@
 """Acting while the model generates: callbacks, stopping, and a monitor that forgets in mid-answer."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from eigentrack import CallbackError, EigenTrack, EigenTrackError, Step, UnsupportedGenerationError
+from eigentrack.history import History
+from eigentrack.step import read_step
 from tests.helpers import same_bits
 from tests.integration.conftest import tiny_gpt2
 from tests.integration.test_monitor import WINDOW, generate, hooks_of, oracle, prompt
@@ -303,3 +309,37 @@ def test_resetting_and_stopping_at_one_step(llama: Any) -> None:
 
         output = generate(llama, prompt(), 6, stopping_criteria=[track.stop_when(judge)])
     assert output.shape[1] == 11 and not track.watching
+
+
+def test_a_callback_that_fails_at_the_end_of_the_block_leaves_nothing_held(llama: Any) -> None:
+    def fail(step: Step) -> None:
+        raise KeyError(step.index)
+
+    cache = DynamicCache(config=llama.config)
+    held, track = weakref.ref(cache), EigenTrack(llama, window=WINDOW)
+    with pytest.raises(KeyError), track:  # noqa: PT012
+        ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+        generate(llama, ids, prompt_lookup_num_tokens=3, do_sample=False, past_key_values=cache)
+        del cache
+        track.on_token = fail
+    gc.collect()
+    assert held() is None and track._windows._state is None
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements that an operation reads that is no view."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.largest = max([self.largest, *(x.numel() for x in args if isinstance(x, Tensor))])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_costs_the_same_however_long_the_history() -> None:
+    history = History(2, 1, 3, WINDOW, torch.device("cpu"), capacity=4096)
+    history.steps, history.rows[:] = 4096, 100
+    with Sizes() as sizes:
+        assert read_step(history, 4095).rows.tolist() == [WINDOW, WINDOW]
+    assert sizes.largest <= 2 * 3

@@ -308,3 +308,16 @@ def test_lines_carry_the_values_given(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [line.get_label() for line in figure.axes[3].lines] == ["joint"]
     assert figure.axes[0].get_ylabel().endswith("layer 5")
     close(figure)
+
+
+@pytest.mark.parametrize("spectra", ["per_layer", "joint"])
+def test_an_answer_that_ends_at_once(
+    endless: Any, spectra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = Tokenizer()("x", return_tensors="pt")
+    endless.generation_config.eos_token_id = int(endless.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1])
+    monkeypatch.setattr(cli, "_load", lambda arguments: (endless, Tokenizer()))
+    picture = tmp_path / "spectra.png"
+    arguments = ["watch", "--model", "x", "--prompt", "x", "--prompt", "y", "--spectra", spectra]
+    assert cli.main([*arguments, "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out.count("answer:") == 2 and picture.exists()

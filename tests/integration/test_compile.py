@@ -230,3 +230,24 @@ def test_graphs_of_unwatched_models_of_the_same_class(llama: Any) -> None:
         with EigenTrack(other, window=WINDOW) as track:
             output = by_generate(other, "eager", prompt())
     assert torch.equal(track.tokens, output[:, 5:-1])
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=32)])
+def test_steps_of_a_wrapper_compiled_before_do_not_go_by_in_silence(llama: Any, cache: Any) -> None:
+    step = torch.compile(lambda ids, cache: llama(ids, past_key_values=cache).logits, backend="eager")
+
+    def answer(count: int) -> Any:
+        text = cache(config=llama.config)
+        llama(prompt(), past_key_values=text)
+        for seed in range(count):
+            step(prompt(length=1, seed=seed), text)
+        return text
+
+    with torch.no_grad():
+        answer(3)
+        track = EigenTrack(llama, window=WINDOW)
+        with pytest.warns(RuntimeWarning, match="did not see"), track:  # noqa: PT031
+            text = answer(3)
+            with pytest.raises(EigenTrackError, match="did not see"):
+                track.descriptors  # noqa: B018
+    assert text.get_seq_length() == 8

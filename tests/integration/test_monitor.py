@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from eigentrack import EigenTrack, EigenTrackError, TapError, UnsupportedGenerationError, UnsupportedModelError
+from eigentrack import EigenTrack, EigenTrackError, TapError, UnsupportedGenerationError, UnsupportedModelError, windows
+from eigentrack.history import History
 from rmtkernels import DESCRIPTORS
 from rmtkernels.reference import spectrum_descriptors_ref, window_gram_ref
 
@@ -325,3 +327,32 @@ def test_half_precision_models(llama: Any, dtype: torch.dtype) -> None:
         output = generate(llama, prompt())
     assert track.descriptors.dtype == torch.float32 and track.lengths.tolist() == [output.shape[1] - 6]
     assert not track.descriptors.isnan().any()
+
+
+def test_a_step_that_fails_is_not_kept(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DynamicCache(config=llama.config)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise MemoryError
+
+    with EigenTrack(llama, window=WINDOW, start="prompt") as track, torch.no_grad():
+        llama(prompt(), past_key_values=cache)
+        want = track.descriptors
+        monkeypatch.setattr(windows, "spectrum_descriptors_", fail)
+        with pytest.raises(MemoryError):
+            llama(prompt(length=1), past_key_values=cache)
+        assert track.steps == 5 and torch.equal(track.descriptors, want)
+
+
+def test_a_history_is_read_as_it_was_when_reading_began() -> None:
+    history = History(1, 1, 1, 1, torch.device("cpu"), capacity=4)
+    history.steps = 1
+
+    class Grows:
+        def __getitem__(self, rows: slice) -> Tensor:
+            history.steps += 1  # another thread
+            return values[rows]
+
+    values, history.descriptors = torch.ones(4, 1, 1, 1), Grows()  # type: ignore[assignment]
+    history.watched.fill_(True)
+    assert history.read("descriptors").shape == (1, 1, 1, 1)

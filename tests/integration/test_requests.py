@@ -281,3 +281,34 @@ def test_padding_in_a_mask_as_long_as_a_static_cache(llama: Any, columns: int) -
         llama(ids[:, :4], past_key_values=cache, attention_mask=mask[:, :4] if columns == 7 else mask)
         llama(ids[:, 4:], past_key_values=cache, attention_mask=mask)
     assert track.watched.tolist() == [[True] * 4 + [False, True, True], [True] * 7]
+
+
+def test_modules_of_different_widths_are_named(llama: Any) -> None:
+    block = llama.model.layers[0]
+    track = EigenTrack(llama, modules=[block, block.mlp.up_proj])
+    with pytest.raises(TapError, match=r"layers\.0 float32 \(1, 1, 32\), .*up_proj float32 \(1, 1, 64\)"), track:
+        generate(llama, prompt())
+    assert not track.watching
+
+
+def test_double_precision_is_named(llama: Any) -> None:
+    with pytest.raises(TapError, match="float32, bfloat16 and float16; got layer2 float64"), EigenTrack(llama):
+        generate(llama.double(), prompt())
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_wrapper_that_passes_everything_on(llama: Any, positional: bool) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    model, tokens, cache = Wrapper(), prompt(), DynamicCache(config=llama.config)
+    with EigenTrack(model, window=WINDOW) as track, torch.no_grad():
+        for ids in (tokens, tokens[:, :1], tokens[:, 1:2]):
+            args, kwargs = ((ids,), {}) if positional else ((), {"input_ids": ids})
+            model(*args, past_key_values=cache, **kwargs)
+    assert torch.equal(track.tokens, tokens[:, :2])
