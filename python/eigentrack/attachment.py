@@ -169,8 +169,8 @@ class Attachment:
             self._model.config.num_hidden_layers = self._depth  # type: ignore[union-attr]
             raise UnsupportedGenerationError(
                 f"a pass runs {depth} of the model's {self._depth} blocks, as self-speculative decoding does: its "
-                "drafts cannot be told from the answer; generate without assistant_early_exit (a separate assistant_model can "
-                "be watched)"
+                "drafts cannot be told from the answer; generate without assistant_early_exit (a separate "
+                "assistant_model can be watched)"
             )
         self.passes += 1
         self._runner, self._rows, self._missing = thread, [], len(self._names)
