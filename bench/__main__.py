@@ -98,6 +98,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mkl": str(torch.backends.mkl.is_available()),
+        "descriptors": str(len(rmtkernels.DESCRIPTORS)),
         "commit": commit,
     }
 
