@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "tensor_check.h"
@@ -15,33 +16,72 @@ constexpr int64_t kGrain = 1 << 16;  // products per thread below which waking a
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-DType dtype_of(ScalarType type, const char* name) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "lowrank_linear: ", name,
-                  " must be float32 or bfloat16");
-  return type == ScalarType::Float ? DType::kFloat32 : DType::kBFloat16;
+// Owns a tensor, as torch::stable::Tensor does, without the shared pointer: at one row its allocations count, and so
+// does every question, which is a call into libtorch.
+class Handle {
+ public:
+  explicit Handle(AtenTensorHandle tensor) : tensor_(tensor) {}
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+  ~Handle() { aoti_torch_delete_tensor_object(tensor_); }  // which takes null, too
+
+  explicit operator bool() const { return tensor_ != nullptr; }
+  AtenTensorHandle get() const { return tensor_; }
+  AtenTensorHandle release() { return std::exchange(tensor_, nullptr); }
+  Sizes sizes() const {
+    int64_t* sizes;
+    int64_t dims;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor_, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor_, &dims));
+    return Sizes(sizes, size_t(dims));
+  }
+  int32_t dtype() const {
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor_, &dtype));
+    return dtype;
+  }
+  const void* const_data() const {
+    const void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor_, &data));
+    return data;
+  }
+  void* mutable_data() const {
+    void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor_, &data));
+    return data;
+  }
+
+ private:
+  AtenTensorHandle tensor_;
+};
+
+DType dtype_of(const Handle& t, const char* name) {
+  const int32_t dtype = t.dtype();
+  if (dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_bfloat16(), "lowrank_linear: ", name, " must be float32 or bfloat16");
+  return DType::kBFloat16;
 }
 int64_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
-// Sizes of one call, checked. Each question to a tensor is a call into libtorch: at one row they count.
+// Sizes of one call, checked.
 struct Shape {
   Sizes x;
   int64_t rows, d_in, k, d_out;
   DType type, weight_type;
 };
 
-Shape check_lowrank_linear(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias) {
+Shape check_lowrank_linear(const Handle& x, const Handle& down, const Handle& up, const Handle& bias) {
   const Sizes xs = x.sizes(), ds = down.sizes(), us = up.sizes();
   STD_TORCH_CHECK(xs.size() >= 1 && ds.size() == 2 && us.size() == 2,
                   "lowrank_linear: x must be (..., d_in), down (k, d_in), up (d_out, k)");
   const int64_t d_in = xs[xs.size() - 1], k = ds[0], d_out = us[0];
   STD_TORCH_CHECK(ds[1] == d_in && us[1] == k, "lowrank_linear: down must be (k, ", d_in,
                   ") and up (d_out, k), got k = ", k);
-  const ScalarType weights = down.scalar_type();
-  const DType type = dtype_of(x.scalar_type(), "x"), weight_type = dtype_of(weights, "down");
-  STD_TORCH_CHECK(up.scalar_type() == weights, "lowrank_linear: up must have down's dtype");
+  const DType type = dtype_of(x, "x"), weight_type = dtype_of(down, "down");
+  STD_TORCH_CHECK(dtype_of(up, "up") == weight_type, "lowrank_linear: up must have down's dtype");
   if (bias) {
-    const Sizes bs = bias->sizes();
-    STD_TORCH_CHECK(bs.size() == 1 && bs[0] == d_out && bias->scalar_type() == weights,
+    const Sizes bs = bias.sizes();
+    STD_TORCH_CHECK(bs.size() == 1 && bs[0] == d_out && dtype_of(bias, "bias") == weight_type,
                     "lowrank_linear: bias must be (", d_out, ",) of the weights' dtype");
   }
   int64_t rows = 1;
@@ -50,7 +90,7 @@ Shape check_lowrank_linear(const Tensor& x, const Tensor& down, const Tensor& up
 }
 
 // (..., d_out) of x's dtype, past the dispatcher: allocating through it costs as much as the smallest product.
-Tensor empty_result(const Shape& s) {
+AtenTensorHandle empty_result(const Shape& s) {
   std::array<int64_t, 64> sizes, strides;
   const size_t dims = s.x.size();
   STD_TORCH_CHECK(dims <= sizes.size(), "lowrank_linear: x has too many dimensions");
@@ -64,19 +104,20 @@ Tensor empty_result(const Shape& s) {
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dims), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
+  return out;
 }
 
 // The elements of a tensor in one piece; `copy` keeps them alive if they had to be brought together.
-const void* dense(const Tensor& t, std::optional<Tensor>& copy) {
-  const bool contiguous = t.is_contiguous();
-  if (!contiguous) {
-    check_has_data(t, "lowrank_linear: an argument");
-    copy = torch::stable::contiguous(t);
-  }
-  const void* const data = (contiguous ? t : *copy).const_data_ptr();
-  STD_TORCH_CHECK(data != nullptr || t.numel() == 0, "lowrank_linear: an argument has a shape but no memory");
-  return data;
+const void* dense(const Handle& t, int64_t numel, std::optional<Tensor>& copy) {
+  const void* const data = t.const_data();
+  STD_TORCH_CHECK(data != nullptr || numel == 0, "lowrank_linear: an argument has a shape but no memory");
+  bool contiguous;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t.get(), &contiguous));
+  if (contiguous) return data;
+  AtenTensorHandle same;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &same));
+  copy = torch::stable::contiguous(Tensor(same));
+  return copy->const_data_ptr();
 }
 
 // Grown once per thread, so that a small call allocates nothing but its result.
@@ -111,17 +152,22 @@ void compute(const Shape& s, const void* x, const void* down, const void* up, co
   }
 }
 
-Tensor lowrank_linear(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias) {
+void lowrank_linear(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  const Handle x(to<AtenTensorHandle>(stack[0])), down(to<AtenTensorHandle>(stack[1])),
+      up(to<AtenTensorHandle>(stack[2])),
+      bias(to<std::optional<AtenTensorHandle>>(stack[3]).value_or(AtenTensorHandle(nullptr)));
   const Shape s = check_lowrank_linear(x, down, up, bias);
-  Tensor out = empty_result(s);
-  if (s.rows * s.d_out == 0) return out;
-  std::optional<Tensor> copies[4];
-  const void* const offset = bias ? dense(*bias, copies[3]) : nullptr;
-  compute(s, dense(x, copies[0]), dense(down, copies[1]), dense(up, copies[2]), offset, out.mutable_data_ptr());
-  return out;
+  Handle out(empty_result(s));
+  if (s.rows * s.d_out > 0) {
+    std::optional<Tensor> copies[4];
+    compute(s, dense(x, s.rows * s.d_in, copies[0]), dense(down, s.k * s.d_in, copies[1]),
+            dense(up, s.d_out * s.k, copies[2]), bias ? dense(bias, s.d_out, copies[3]) : nullptr, out.mutable_data());
+  }
+  stack[0] = torch::stable::detail::from(out.release());
 }
 
 }  // namespace
 }  // namespace rmtkernels
 
-STABLE_TORCH_LIBRARY_IMPL(rmtkernels, CPU, m) { m.impl("lowrank_linear", TORCH_BOX(&rmtkernels::lowrank_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(rmtkernels, CPU, m) { m.impl("lowrank_linear", &rmtkernels::lowrank_linear); }
