@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class History:
-    """Per step of one request, step first: descriptors, eigenvalues, tokens, who took part, and rows accepted."""
+    """Per step of one request, step first: descriptors, eigenvalues, tokens, and the windows' `seen` as it was then."""
 
     def __init__(
         self, batch: int, spectra: int, features: int, window: int, device: torch.device, capacity: int = 256
@@ -14,13 +14,17 @@ class History:
         self.descriptors = torch.empty(capacity, spectra, batch, features, device=device)
         self.eigenvalues = torch.empty(capacity, spectra, batch, window, device=device)
         self.tokens = torch.empty(capacity, batch, dtype=torch.int64, device=device)
-        self.watched = torch.empty(capacity, batch, dtype=torch.bool, device=device)
-        self.rows = torch.empty(capacity, batch, dtype=torch.int64, device=device)
+        self.seen = torch.empty(capacity, batch, 3, dtype=torch.int64, device=device)
+
+    @property
+    def watched(self) -> Tensor:
+        """(capacity, B) bool: who took part."""
+        return took_part(self.seen)
 
     def next_step(self) -> int:
         """Index of a new step, with room made for it. It counts once `steps` says so, when it has been filled."""
         if self.steps == len(self.tokens):
-            for name in ("descriptors", "eigenvalues", "tokens", "watched", "rows"):
+            for name in ("descriptors", "eigenvalues", "tokens", "seen"):
                 old = getattr(self, name)
                 with torch.inference_mode(False):
                     setattr(self, name, torch.cat([old, torch.empty_like(old)]))
@@ -35,3 +39,8 @@ class History:
         values = values.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
         values[~self.watched[:steps].t()] = torch.nan
         return values
+
+
+def took_part(seen: Tensor) -> Tensor:
+    """(..., B) bool from the windows' (..., B, 3) `seen`: whose row was accepted."""
+    return seen[..., 2] >= 0

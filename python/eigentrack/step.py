@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from eigentrack.files import Settings
-from eigentrack.history import History
+from eigentrack.history import History, took_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class Step:
 
 def read_step(history: History, index: int, settings: Settings | None = None) -> Step:
     """Step `index` of a history."""
-    watched = history.watched[index].clone()
+    seen = history.seen[index]
+    watched = took_part(seen)
     descriptors = history.descriptors[index].transpose(0, 1).flatten(1)  # (S, B, F) -> (B, S * F)
     window = history.eigenvalues.shape[-1]
     return Step(
@@ -39,6 +40,6 @@ def read_step(history: History, index: int, settings: Settings | None = None) ->
         history.tokens[index].clone(),
         descriptors.masked_fill(~watched[:, None], float("nan")),
         watched,
-        history.rows[index].clamp(max=window),
+        seen[:, 0].clamp(max=window),
         settings,
     )

@@ -54,9 +54,11 @@ class Windows:
             rows[0].shape[2],
             **self._options,
         )
-        torch.ge(self._newest, 0, out=history.watched[step])
-        history.tokens[step] = -1 if tokens is None else tokens.select(1, 0)
-        history.rows[step] = state.rows
+        history.seen[step].copy_(state.seen)
+        if tokens is None:
+            history.tokens[step].fill_(-1)
+        else:
+            history.tokens[step].copy_(tokens.select(1, 0))
         history.steps = step + 1
 
     def reset(self) -> None:
@@ -90,6 +92,5 @@ class Windows:
         known = None if state is None else (state.ring.shape, state.ring.dtype, state.ring.device)
         if known != (shape, rows.dtype, rows.device):
             self._state = SlidingWindow(*shape, dtype=rows.dtype, device=rows.device)
-            self._newest = self._state.seen[:, 2]
         spectra = self._taps if self._options["joint"] is None else 1
         self.history = History(rows.shape[0], spectra, len(DESCRIPTORS), self._window, rows.device)

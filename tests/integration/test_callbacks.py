@@ -339,7 +339,7 @@ class Sizes(TorchDispatchMode):
 
 def test_a_step_costs_the_same_however_long_the_history() -> None:
     history = History(2, 1, 3, WINDOW, torch.device("cpu"), capacity=4096)
-    history.steps, history.rows[:] = 4096, 100
+    history.steps, history.seen[:] = 4096, 100
     with Sizes() as sizes:
         assert read_step(history, 4095).rows.tolist() == [WINDOW, WINDOW]
     assert sizes.largest <= 2 * 3
