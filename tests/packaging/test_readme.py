@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.table import markdown
+from rmtkernels import DESCRIPTORS
 
 RESULT = "bench/results/first-run.json"
 
@@ -26,3 +27,7 @@ def test_a_missed_target_is_explained(root: Path) -> None:
     explained = (root / "README.md").read_text().split("<!-- end of table -->")[1].split("\n## ")[0]
     for goal in goals:
         assert goal["met"] or goal["what"].removeprefix("times faster than best of: ") in explained
+
+
+def test_the_cost_is_that_of_the_descriptors_there_are(root: Path) -> None:
+    assert json.loads((root / RESULT).read_text())["machine"]["descriptors"] == str(len(DESCRIPTORS))
