@@ -34,7 +34,7 @@ def tracy_widom_log_survival(s: float) -> float: ...
 @overload
 def tracy_widom_log_survival(s: ArrayLike) -> float | Array: ...
 def tracy_widom_log_survival(s: ArrayLike) -> float | Array:
-    """ln P(TW1 > s), finite for every finite s: about -(2/3) s^(3/2) far to the right."""
+    """ln P(TW1 > s), finite up to s = 1e200: about -(2/3) s^(3/2) far to the right."""
     points = np.asarray(s, dtype=np.float64)
     values, weights, _ = _stencil(points)
     inner = sum(weight * value for weight, value in zip(weights, values, strict=True))
