@@ -154,6 +154,8 @@ class Request:
         """
         if mask is None:
             return None
+        if not steps:  # neither tokens nor embeddings are known: the mask is as long as the rows will be
+            return mask.bool() if mask.dim() == 2 else None
         if mask.dim() == 2:
             behind = past is not None and mask.shape[1] > past + steps  # columns for tokens that are yet to come
             return (mask[:, past : past + steps] if behind else mask[:, -steps:]).bool()  # type: ignore[operator]
