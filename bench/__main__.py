@@ -1,4 +1,4 @@
-"""`python -m bench list | verify [CASE ...] | run [CASE ...] [--json FILE] | table FILE`."""
+"""`python -m bench list | verify [CASE ...] | run [CASE ...] [--json FILE] | table FILE [--targets]`."""
 
 import argparse
 import json
@@ -24,9 +24,10 @@ def main() -> int:
     parser.add_argument("action", choices=("list", "verify", "run", "table"))
     parser.add_argument("cases", nargs="*", metavar="CASE", help="names, or beginnings of names (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results of a run")
+    parser.add_argument("--targets", action="store_true", help="in a table, only the peers that have a target")
     arguments = parser.parse_args()
     if arguments.action == "table":
-        print(markdown(json.loads(Path(arguments.cases[0]).read_text())))
+        print(markdown(json.loads(Path(arguments.cases[0]).read_text()), arguments.targets))
         return 0
     names = [n for n in REGISTRY if not arguments.cases or any(n.startswith(c) for c in arguments.cases)]
     if not names:

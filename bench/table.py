@@ -3,13 +3,16 @@
 from typing import Any
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """One row per case and peer: medians, the ratio with the interval of 90 % of its rounds, target, floor."""
+def markdown(results: dict[str, Any], targets_only: bool = False) -> str:
+    """One row per case and peer: medians, the ratio with the interval of 90 % of its rounds, target, floor.
+
+    With `targets_only`, only the peers that a target names.
+    """
     machine = results["machine"]
     lines = [
         f"{machine['cpu']}, {machine['instruction set']} kernels, torch {machine['torch']}; a ratio is the median over "
         "rounds in turn, with the interval of 90 % of them; the floor is what its bytes or operations take at the copy "
-        "bandwidth or GEMM peak of the same run, float64 but for `covariance`.",
+        "bandwidth or GEMM peak of the same run, in float64 for eigenvalues and float32 for products.",
         "",
         "| case | ours | against | ratio | target | floor |",
         "|---|---|---|---|---|---|",
@@ -20,6 +23,8 @@ def markdown(results: dict[str, Any]) -> str:
         goals = {line["what"].removeprefix("times faster than "): line for line in result["targets"]}
         for peer, ratio in result["ratios"].items():
             goal = goals.pop(peer, None)
+            if targets_only and goal is None:
+                continue
             target = f"≥ {goal['target']} {_met(goal)}" if goal else ""
             against = f"{peer.removeprefix('best of: ')} ({_time(result['seconds'][peer])})"
             interval = f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"

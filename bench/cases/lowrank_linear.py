@@ -48,6 +48,7 @@ def layer(
         targets=targets,
         bytes_read=k * (d_in + d_out) * weights.itemsize,
         flops=2 * rows * k * (d_in + d_out),
+        flops_dtype=torch.float32,
         rounds=300,  # microseconds, on whatever else the machine does
     )
 
