@@ -33,6 +33,11 @@ CLIP = 5.0
 SCORED_AT_ONCE = 128
 
 
+def _full_precision() -> torch.autocast:
+    """Whatever autocast the caller is in."""
+    return torch.autocast("cpu", enabled=False)
+
+
 class Detector:
     """Risk per token from spectral descriptors: linear projection, one recurrent layer, a head.
 
@@ -158,12 +163,14 @@ class Detector:
         history = TrainingHistory()
         if isinstance(validation, tuple):
             held = labelled(*validation, len(self.names))
+            if not held.sequences:
+                raise MismatchError("validation has no sequences")
         else:
             train_part, held_part = split_by_item(items, given.labels, validation, generator)
             history.train_indices, history.validation_indices = train_part, held_part
             given, held = given.subset(train_part), given.subset(held_part)
         need_both_classes(given, "training")
-        with one_thread(), torch.inference_mode(False), torch.enable_grad():
+        with one_thread(), torch.inference_mode(False), torch.enable_grad(), _full_precision():
             standardisation = Standardisation.fit(given.sequences, self.clip, generator)
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch every GPU's as well
@@ -368,6 +375,7 @@ class Detector:
         return self._network, self._standardisation
 
     @torch.no_grad()
+    @_full_precision()
     def _logits(self, sequences: list[Tensor]) -> list[Tensor]:
         """(T_i,) each, of sequences without absent rows."""
         network, standardise = self._fitted()

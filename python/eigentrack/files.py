@@ -60,7 +60,7 @@ def write(path: str | Path, kind: str, version: int, tensors: Mapping[str, Tenso
     from safetensors.torch import save
 
     header = {"format": kind, "format_version": str(version)} | {name: json.dumps(fields[name]) for name in fields}
-    content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, header)
+    content = _in_order(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, header))
     if int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise FileFormatError(f"the description of {path} is longer than {MAX_HEADER} bytes; watch fewer layers")
     path = Path(path)
@@ -75,6 +75,16 @@ def write(path: str | Path, kind: str, version: int, tensors: Mapping[str, Tenso
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its description sorted: safetensors writes it in random order, and same input, same bits."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read(
