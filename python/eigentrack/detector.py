@@ -296,7 +296,7 @@ class Detector:
         """
         return columns_of(self.names, self.window, self.settings, settings)
 
-    def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
+    def check_model(self, model: nn.Module, tokenizer: Any = None, *, stacklevel: int = 2) -> None:
         """Refuses a model that this detector is not for; warns if only its weights are others.
 
         Raises:
@@ -313,7 +313,7 @@ class Detector:
                 "the detector was trained on a model of this architecture with other weights: its risks are not "
                 "calibrated for this one",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=stacklevel,
             )
 
     # Keeping

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -88,7 +89,11 @@ def _in_order(content: bytes) -> bytes:
 
 
 def read(
-    path: str | Path, kind: str, version: int, tensors: Mapping[str, torch.dtype]
+    path: str | Path,
+    kind: str,
+    version: int,
+    tensors: Mapping[str, torch.dtype],
+    optional: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], Any]:
     """The tensors of a file and its described fields, by name.
 
@@ -121,7 +126,7 @@ def read(
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is damaged ({error}): copy it again, or record anew") from error
     dtypes = {name: tensor.dtype for name, tensor in found.items()}
-    if dtypes != dict(tensors):
+    if dtypes != {**tensors, **{name: optional[name] for name in optional if name in dtypes}}:
         raise FileFormatError(f"{path} holds {_list(dtypes)} where {_list(tensors)} belong: record anew")
     return found, fields
 
