@@ -6,6 +6,7 @@ were fitted on other sources, as a test answer does.
 
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,44 +47,56 @@ class Moments:
         return self.products - self.count * self.mean[:, :, None] * self.mean[:, None, :]
 
 
-def direction_features(
-    data: Data,
-    layers: list[int],
-    *,
-    cumulative: bool = False,
-    differing: bool = False,
-    joint: bool = False,
-    shrinkage: float = 1.0,
+def directions(
+    data: Data, rows: list[Tensor], *, cumulative: bool = False, differing: bool = False, shrinkage: float = 0.1
 ) -> list[Tensor]:
-    """(A, layers) of every answer, or (A, 1) if `joint`.
+    """(A, layers) of every answer.
 
     Args:
         data: the set.
-        layers: the embedding is 0.
+        rows: (A, layers, D) of every answer; each layer has a direction of its own.
         cumulative: means over the tokens so far instead of tokens.
         differing: fit on the tokens that an answer does not share with its twin.
-        joint: one direction for the layers side by side.
         shrinkage: of the covariance, in units of its mean eigenvalue.
     """
-    rows = [normalised(answer.hidden[:, layers]) for answer in data.answers]
-    if joint:
-        rows = [row.flatten(1)[:, None] for row in rows]
     if cumulative:
         rows = [row.cumsum(0) / torch.arange(1, len(row) + 1)[:, None, None] for row in rows]
     train = data.where("train").tolist()
     taught = different_tokens(data.answers, train) if differing else {i: torch.ones(len(rows[i])).bool() for i in train}
     folds = {i: int(draw(f"fold {data.groups[i]}") * FOLDS) for i in train}
     moments = {
-        (fold, label): _sum([rows[i][taught[i]] for i in train if folds[i] == fold and data.answers[i].label == label])
+        (fold, label): Moments.of(
+            torch.cat([rows[i][taught[i]] for i in train if folds[i] == fold and data.answers[i].label == label])
+        )
         for fold in range(FOLDS)
         for label in (0, 1)
     }
     total = [_added([moments[fold, label] for fold in range(FOLDS)]) for label in (0, 1)]
     fitted = [discriminant(total[0] - moments[f, 0], total[1] - moments[f, 1], shrinkage) for f in range(FOLDS)]
     fitted.append(discriminant(*total, shrinkage))
-    return [
-        (row * fitted[folds.get(i, FOLDS)][0]).sum(2) - fitted[folds.get(i, FOLDS)][1] for i, row in enumerate(rows)
-    ]
+    found = []
+    for i, row in enumerate(rows):
+        weights, offsets = fitted[folds.get(i, FOLDS)]
+        found.append((row * weights).sum(2) - offsets)
+    return found
+
+
+def of_hidden(data: Data, layers: list[int], **options: Any) -> list[Tensor]:
+    """(A, layers): directions of the hidden states, rows of root mean square 1; the embedding is layer 0."""
+    return directions(data, [normalised(answer.hidden[:, layers]) for answer in data.answers], **options)
+
+
+def of_hidden_together(data: Data, layers: list[int], **options: Any) -> list[Tensor]:
+    """(A, 1): one direction for these layers side by side."""
+    rows = [normalised(answer.hidden[:, layers]).flatten(1)[:, None] for answer in data.answers]
+    return directions(data, rows, **options)
+
+
+def of_features(data: Data, features: list[Tensor], **options: Any) -> list[Tensor]:
+    """(A, 1): the direction of (A, F) features, standardised on training answers and cut at five deviations."""
+    known = torch.cat([features[i] for i in data.where("train")]).double()
+    centre, scale = known.mean(0), known.std(0) + 1e-6
+    return directions(data, [((one - centre) / scale).clamp(-5, 5).float()[:, None] for one in features], **options)
 
 
 def discriminant(right: Moments, wrong: Moments, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -111,10 +124,6 @@ def different_tokens(answers: list[Answer], wanted: list[int]) -> dict[int, Tens
                 found[one][start : start + size] = False
                 found[other][behind : behind + size] = False
     return found
-
-
-def _sum(parts: list[Tensor]) -> Moments:
-    return Moments.of(torch.cat(parts))
 
 
 def _added(parts: list[Moments]) -> Moments:

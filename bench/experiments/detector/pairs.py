@@ -14,7 +14,7 @@ from bench.experiments.detector.tried import VARIANTS
 
 IMPROVED = {
     "EigenTrack GRU with subspace of the prompt": "descriptors and subspace of the prompt",
-    "EigenTrack GRU with vectors": "subspaces, directions and logits",
+    "EigenTrack GRU with vectors": "directions of both, and one each for descriptors and subspaces",
 }
 
 

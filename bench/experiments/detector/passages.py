@@ -26,7 +26,7 @@ from bench.experiments.detector.store import Answer
 from bench.experiments.detector.tried import VARIANTS
 
 KINDS = ("random", "matched")
-IMPROVED = {"EigenTrack GRU with vectors": "subspaces, directions and logits"}
+IMPROVED = {"EigenTrack GRU with vectors": "directions of both, and one each for descriptors and subspaces"}
 
 
 def main() -> None:

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.experiments.detector import vectors
+from bench.experiments.detector import directions, vectors
 from bench.experiments.detector.baselines import LAYERS, averaged
 from bench.experiments.detector.data import Data
-from bench.experiments.detector.directions import direction_features
 from bench.experiments.detector.metrics import auroc
 from bench.experiments.detector.probes import probe
 from bench.experiments.detector.recurrent import SEEDS, shuffled_in_time, track
@@ -45,21 +44,25 @@ def only_layers(data: Data, wanted: list[int]) -> list[Tensor]:
     return [rows[:, columns] for rows in data.descriptors]
 
 
-def directions(data: Data) -> list[Tensor]:
-    """Per layer, of the token and of the mean so far, from the tokens in which twins differ."""
+def of_tokens_and_means(data: Data) -> list[Tensor]:
+    """Directions per layer, of the token and of the mean so far."""
     return vectors.joined(
-        direction_features(data, ALL_LAYERS, differing=True),
-        direction_features(data, ALL_LAYERS, differing=True, cumulative=True),
+        directions.of_hidden(data, ALL_LAYERS), directions.of_hidden(data, ALL_LAYERS, cumulative=True)
     )
 
 
+def summed_up(data: Data) -> list[Tensor]:
+    """One direction each for descriptors, prompt's subspace, and the subspace of right answers."""
+    parts = (data.descriptors, context(data), vectors.reference_features(data))
+    return vectors.joined(*(directions.of_features(data, part) for part in parts))
+
+
 def with_vectors(data: Data) -> list[Tensor]:
-    return vectors.joined(context(data), vectors.reference_features(data), directions(data), choice(data))
+    return vectors.joined(of_tokens_and_means(data), summed_up(data))
 
 
-def everything(data: Data) -> list[Tensor]:
-    """Descriptors, context, reference, directions and choice."""
-    return vectors.joined(data.descriptors, with_vectors(data))
+def with_attention(data: Data) -> list[Tensor]:
+    return vectors.joined(with_vectors(data), directions.of_features(data, vectors.lookback(data)))
 
 
 VARIANTS: dict[str, Callable[[Data], list[Tensor]]] = {
@@ -75,24 +78,16 @@ VARIANTS: dict[str, Callable[[Data], list[Tensor]]] = {
     ),
     "subspace of the prompt": context,
     "descriptors and subspace of the prompt": lambda data: vectors.joined(data.descriptors, context(data)),
-    "directions, per token": lambda data: direction_features(data, ALL_LAYERS),
-    "directions, from differing tokens": lambda data: direction_features(data, ALL_LAYERS, differing=True),
-    "directions, of means so far": lambda data: direction_features(data, ALL_LAYERS, cumulative=True),
-    "one direction for layers 11 to 20": lambda data: direction_features(data, MIDDLE, differing=True, joint=True),
-    "directions of tokens and of means, from differing tokens": directions,
-    "descriptors and these directions": lambda data: vectors.joined(data.descriptors, directions(data)),
-    "subspaces, directions and logits": with_vectors,
-    "all of these": everything,
+    "a direction per layer, per token": lambda data: directions.of_hidden(data, ALL_LAYERS),
+    "… from tokens in which twins differ": lambda data: directions.of_hidden(data, ALL_LAYERS, differing=True),
+    "… of means so far": lambda data: directions.of_hidden(data, ALL_LAYERS, cumulative=True),
+    "… of both": of_tokens_and_means,
+    "one direction for layers 11 to 20": lambda data: directions.of_hidden_together(data, MIDDLE),
+    "descriptors, and directions of both": lambda data: vectors.joined(data.descriptors, of_tokens_and_means(data)),
+    "directions of both, and one each for descriptors and subspaces": with_vectors,
     "lookback ratios (attention)": vectors.lookback,
-    "subspaces, directions, logits, lookback ratios": lambda data: vectors.joined(
-        with_vectors(data), block_lookback(data)
-    ),
+    "directions, subspaces, and one direction for lookback ratios": with_attention,
 }
-
-
-def block_lookback(data: Data) -> list[Tensor]:
-    """(A, blocks): means over heads."""
-    return [rows.unflatten(1, (-1, 9)).mean(2) for rows in vectors.lookback(data)]
 
 
 def main() -> None:
@@ -125,7 +120,7 @@ def judge(data: Data, sequences: list[Tensor]) -> dict[str, Any]:
         "features": sequences[0].shape[1],
         "gru": round(float(np.mean(areas)), 3),
         "seeds": [round(area, 3) for area in areas],
-        "mean of the seeds' scores": round(float(auroc(ensemble[validation], data.labels[validation])), 3),
+        "seeds together": round(float(auroc(ensemble[validation], data.labels[validation])), 3),
         "logistic regression": round(probe(averaged(sequences), data.labels, train, validation).validation, 3),
     }
 
