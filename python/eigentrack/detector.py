@@ -97,6 +97,11 @@ class Detector:
         return self._network is not None
 
     @property
+    def calibrated(self) -> bool:
+        """Whether there is a threshold."""
+        return self._calibration.method is not None
+
+    @property
     def parameters(self) -> int:
         """How many there are, or will be."""
         with torch.device("meta"):  # draws no random numbers
@@ -110,7 +115,7 @@ class Detector:
         Raises:
             NotFittedError: before `calibrate`.
         """
-        if self._calibration.method is None:
+        if not self.calibrated:
             raise NotFittedError("the detector has no threshold yet: call calibrate on sequences that fit did not see")
         return self._calibration.threshold
 

@@ -60,7 +60,9 @@ class ModelIdentity:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of the vocabulary: the same for two tokenizers if each id means the same text in both."""
+    """Of the vocabulary: the same for two tokenizers if each id means the same text in both; "" if it has none."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return ""
     pairs = sorted((int(index), str(token)) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 

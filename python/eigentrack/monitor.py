@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class EigenTrack(Readings):
         layer_scale: for joint spectra, "trace" (default) divides each layer's Gram matrix by its own trace, "none" does
             not (the paper's concatenation, which sees the loudest layer only).
         detector: turns the descriptors of each step into a risk: `risk`, `Step.risk`, `stop_above`.
+        tokenizer: of the model, to be compared with the one that the detector was trained with; not kept.
         end_tokens: tokens that end a sequence or pad it; by default those of the model's generation config. Name them
             here if you give generate() others. Tokens from the end on are not watched, so that a sequence's result does
             not depend on the others in its batch.
@@ -97,6 +98,7 @@ class EigenTrack(Readings):
         noise: str = NOT_GIVEN,
         layer_scale: str = NOT_GIVEN,
         detector: Detector | None = None,
+        tokenizer: Any = None,
         end_tokens: Sequence[int] | None = None,
         on_token: Callable[[Step], object] | None = None,
     ) -> None:
@@ -113,7 +115,7 @@ class EigenTrack(Readings):
             "layer_scale": layer_scale,
         }
         if detector is not None:
-            detector.check_model(model, stacklevel=3)
+            detector.check_model(model, tokenizer, stacklevel=3)
         options = chosen_options(model, detector, given)
         self.model, self.detector, self.on_token = model, detector, on_token
         self._choose_taps(options["layers"], options["tap"], options["modules"])

@@ -25,6 +25,7 @@ from tests.integration.conftest import tiny_gpt2, tiny_llama
 from tests.integration.test_assisted import REPEATING, helpers
 from tests.integration.test_monitor import WINDOW, generate, prompt
 from tests.integration.test_recording import rewritten
+from tests.unit.test_detector_file import Words
 
 CELLS = ("rnn", "gru", "lstm")
 
@@ -152,6 +153,11 @@ def test_another_model_is_refused_and_other_weights_warn(detector: Detector) -> 
     tuned = tiny_llama()
     with torch.no_grad():
         tuned.lm_head.weight.mul_(1.1)
+    named = detector_for(tiny_llama())
+    named.model = ModelIdentity.of(tiny_llama(), Words("a", "b"))
+    EigenTrack(tiny_llama(), detector=named, tokenizer=Words("a", "b"))
+    with pytest.raises(MismatchError, match="tokenizer"):
+        EigenTrack(tiny_llama(), detector=named, tokenizer=Words("b", "a"))
     with pytest.warns(RuntimeWarning, match="other weights") as caught:
         EigenTrack(tuned, detector=detector)
     assert caught[0].filename == __file__
