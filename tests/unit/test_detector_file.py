@@ -108,7 +108,7 @@ def test_every_truncation_is_refused(saved: Path) -> None:
     content = (saved / FILE).read_bytes()
     for length in [*range(64), *range(64, len(content), 97), len(content) - 1]:
         (saved / FILE).write_bytes(content[:length])
-        refuses(saved, "")
+        refuses(saved, "safetensors")
 
 
 def test_a_flipped_byte_is_refused_or_a_detector(saved: Path) -> None:
