@@ -11,12 +11,14 @@ from eigentrack.errors import EigenTrackError, TapError
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 if TYPE_CHECKING:  # the rest is imported when it is needed: --help must not wait for transformers
+    from eigentrack.detector import Detector
     from eigentrack.watch import Watched
 
 DEMO_PROMPTS = (
     "What is the capital of France? Tell me three things that are worth seeing there.",
     "Summarise the 1987 treaty between Atlantis and the Duchy of Lower Zamunda, clause by clause.",
 )
+DEMO_DETECTOR = "smollm2-135m"
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -67,15 +69,20 @@ def _parser() -> argparse.ArgumentParser:
         help="at least 2 (default 96): the last token is never fed back, so one token alone shows nothing",
     )
     watch.add_argument(
-        "--layers", default="every:3", help='"every:k", "all", or indices such as 3,7,11 (default every:3)'
+        "--detector",
+        metavar="FOLDER",
+        help="show the risk of each token by this detector: a folder, or the name of one that comes with eigentrack "
+        f"(for --demo: {DEMO_DETECTOR}, if it is there)",
     )
-    watch.add_argument("--spectra", choices=("per_layer", "joint"), default="per_layer")
+    watch.add_argument(
+        "--layers", help='"every:k", "all", or indices such as 3,7,11 (default: the detector\'s, or every:3)'
+    )
+    watch.add_argument("--spectra", choices=("per_layer", "joint"), help="default: the detector's, or per_layer")
     watch.add_argument(
         "--window",
         type=_number(1, MAX_WINDOW),
-        default=32,
         metavar="N",
-        help=f"activations per window, 1 to {MAX_WINDOW} (default 32)",
+        help=f"activations per window, 1 to {MAX_WINDOW} (default: the detector's, or 32)",
     )
     watch.add_argument(
         "--picture",
@@ -118,12 +125,16 @@ def _watch(arguments: argparse.Namespace) -> None:
     prompts = arguments.prompt or (DEMO_PROMPTS if arguments.demo else ())
     if not prompts:
         raise EigenTrackError("give at least one --prompt")
-    options = {"layers": _layers(arguments.layers), "spectra": arguments.spectra, "window": arguments.window}
+    given = {"layers": _layers(arguments.layers), "spectra": arguments.spectra, "window": arguments.window}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    detector = _detector(arguments, default=not options)
     if arguments.picture:
         importlib.import_module("matplotlib")  # if it is missing, say so before the model has talked
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, tokenizer = _load(arguments)
+    if detector is not None:
+        options["detector"] = detector
     colour = sys.stdout.isatty() and not arguments.no_colour
     runs = []
     for prompt in prompts:
@@ -137,8 +148,19 @@ def _watch(arguments: argparse.Namespace) -> None:
         print(f"\npicture: {plot_spectra(runs, arguments.picture)}")
 
 
-def _layers(text: str) -> str | list[int]:
-    if text == "all" or text.startswith("every:"):
+def _detector(arguments: argparse.Namespace, default: bool) -> "Detector | None":
+    """The one asked for; for the demo as it is the one that was trained for its model."""
+    from eigentrack.detector import Detector
+    from eigentrack.detector_file import shipped
+
+    name = arguments.detector
+    if name is None and arguments.demo and default and DEMO_DETECTOR in shipped():
+        name = DEMO_DETECTOR
+    return None if name is None else Detector.from_pretrained(name)
+
+
+def _layers(text: str | None) -> str | list[int] | None:
+    if text is None or text == "all" or text.startswith("every:"):
         return text
     try:
         return [int(index) for index in text.split(",")]
@@ -162,6 +184,10 @@ def _summary(run: "Watched") -> None:
 
     cost = run.overhead
     print(f"answer: {printable(run.text)}")
+    if run.risk is not None and len(run.risk):
+        step = int(run.risk.argmax())
+        limit = "" if run.threshold is None else f"; the threshold is {run.threshold:.3f}"
+        print(f"risk: at most {float(run.risk[step]):.3f}, behind token {step}{limit}")
     print(
         f"monitor: {cost.monitor_ms_per_token:.2f} ms of {cost.decode_ms_per_token:.1f} ms a token "
         f"({cost.share:.2%}), over {cost.tokens} tokens"

@@ -28,4 +28,8 @@ class FileFormatError(EigenTrackError, ValueError):
 
 
 class MismatchError(EigenTrackError, ValueError):
-    """Descriptors do not fit the reference: other names, another window, other settings, or too few to make one."""
+    """Descriptors or a model do not fit the reference or detector: other names, settings, or too few to make one."""
+
+
+class NotFittedError(EigenTrackError, RuntimeError):
+    """A detector is asked for what it has not learnt yet."""

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -60,7 +61,7 @@ def write(path: str | Path, kind: str, version: int, tensors: Mapping[str, Tenso
     from safetensors.torch import save
 
     header = {"format": kind, "format_version": str(version)} | {name: json.dumps(fields[name]) for name in fields}
-    content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, header)
+    content = _in_order(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, header))
     if int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise FileFormatError(f"the description of {path} is longer than {MAX_HEADER} bytes; watch fewer layers")
     path = Path(path)
@@ -77,8 +78,22 @@ def write(path: str | Path, kind: str, version: int, tensors: Mapping[str, Tenso
         aside.unlink(missing_ok=True)
 
 
+def _in_order(content: bytes) -> bytes:
+    """The same file with its description sorted: safetensors writes it in random order, and same input, same bits."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
 def read(
-    path: str | Path, kind: str, version: int, tensors: Mapping[str, torch.dtype]
+    path: str | Path,
+    kind: str,
+    version: int,
+    tensors: Mapping[str, torch.dtype],
+    optional: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], Any]:
     """The tensors of a file and its described fields, by name.
 
@@ -111,7 +126,7 @@ def read(
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is damaged ({error}): copy it again, or record anew") from error
     dtypes = {name: tensor.dtype for name, tensor in found.items()}
-    if dtypes != dict(tensors):
+    if dtypes != {**tensors, **{name: optional[name] for name in optional if name in dtypes}}:
         raise FileFormatError(f"{path} holds {_list(dtypes)} where {_list(tensors)} belong: record anew")
     return found, fields
 

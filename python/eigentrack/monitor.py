@@ -2,9 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,12 @@ from eigentrack.attachment import Attachment
 from eigentrack.cache import CacheView
 from eigentrack.candidates import Candidates
 from eigentrack.clock import Clock, Overhead
-from eigentrack.errors import EigenTrackError, TapError
-from eigentrack.files import CHOICES, Settings
+from eigentrack.detector import Detector
+from eigentrack.errors import EigenTrackError
+from eigentrack.files import Settings
+from eigentrack.options import NOT_GIVEN, chosen_options
 from eigentrack.passes import Pass
-from eigentrack.recording import Recording, current_versions
+from eigentrack.readings import Readings
 from eigentrack.request import Request
 from eigentrack.step import Step, read_step
 from eigentrack.taps import (
@@ -30,13 +31,12 @@ from eigentrack.taps import (
 )
 from eigentrack.windows import Windows
 from rmtkernels import DESCRIPTORS
-from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 if TYPE_CHECKING:  # it imports transformers, which the monitor alone does not need
     from eigentrack.stopping import StopWhen
 
 
-class EigenTrack:
+class EigenTrack(Readings):
     """Context manager that watches a transformers model, or any `nn.Module`.
 
     Each watched layer keeps the last `window` hidden states of each sequence as a Gram matrix; after every step its
@@ -47,20 +47,27 @@ class EigenTrack:
 
     A monitor watches the thread that entered it, and threads that entered none on this model, one request at a time.
 
+    Layers, window, and how spectra are made are the detector's if there is one and they are not given.
+
     Args:
         model: the model. Enter before it is compiled: what is compiled inside the block is watched.
-        layers: "every:k" (each k-th block, counted from the last), "all", or block indices.
-        spectra: "per_layer" for one spectrum per layer, "joint" for one of the layers' summed Gram matrices.
-        window: N, the number of activations per window, 1 to 128.
-        start: "answer" watches what is generated (each token fed with a cache behind it), "prompt" every token.
-        tap: "residual" for the residual stream behind each block, "mlp" for what the block's feed-forward part adds.
+        layers: "every:k" (each k-th block, counted from the last; default "every:3"), "all", or block indices.
+        spectra: "per_layer" (default) for one spectrum per layer, "joint" for one of the layers' summed Gram matrices.
+        window: N, the number of activations per window, 1 to 128; default 32.
+        start: "answer" (default) watches what is generated (each token fed with a cache behind it), "prompt" every
+            token.
+        tap: "residual" (default) for the residual stream behind each block, "mlp" for what the block's feed-forward
+            part adds.
         modules: modules to watch instead of blocks; each must return a (B, T, D) hidden state.
-        normalize: "rms" divides each activation by its root mean square first, as the model's own norms do; None leaves
-            it as it is, so that the longest rows rule the spectrum.
-        center: subtract the window's mean activation.
-        noise: the noise variance: "median" eigenvalue over the law's median, or "trace" for the mean eigenvalue.
-        layer_scale: for joint spectra, "trace" divides each layer's Gram matrix by its own trace, "none" does not (the
-            paper's concatenation, which sees the loudest layer only).
+        normalize: "rms" (default) divides each activation by its root mean square first, as the model's own norms do;
+            None leaves it as it is, so that the longest rows rule the spectrum.
+        center: subtract the window's mean activation (default True).
+        noise: the noise variance: "median" eigenvalue over the law's median (default), or "trace" for the mean
+            eigenvalue.
+        layer_scale: for joint spectra, "trace" (default) divides each layer's Gram matrix by its own trace, "none" does
+            not (the paper's concatenation, which sees the loudest layer only).
+        detector: turns the descriptors of each step into a risk: `risk`, `Step.risk`, `stop_above`.
+        tokenizer: of the model, to be compared with the one that the detector was trained with; not kept.
         end_tokens: tokens that end a sequence or pad it; by default those of the model's generation config. Name them
             here if you give generate() others. Tokens from the end on are not watched, so that a sequence's result does
             not depend on the others in its batch.
@@ -68,6 +75,8 @@ class EigenTrack:
             for each token of the prompt). What it raises ends the generation. May be set later: `track.on_token = fn`.
 
     Raises:
+        MismatchError: if the detector is for another model, or for a monitor that is set otherwise.
+        NotFittedError: if the detector has not been fitted.
         TapError, UnsupportedModelError: on entry, before any hook is set.
         UnsupportedGenerationError: while generating, where the text cannot be followed (docs/compatibility.md).
 
@@ -77,171 +86,78 @@ class EigenTrack:
     def __init__(
         self,
         model: nn.Module,
-        layers: str | Sequence[int] = "every:3",
-        spectra: str = "per_layer",
-        window: int = 32,
-        start: str = "answer",
+        layers: str | Sequence[int] = NOT_GIVEN,
+        spectra: str = NOT_GIVEN,
+        window: int = NOT_GIVEN,
+        start: str = NOT_GIVEN,
         *,
-        tap: str = "residual",
+        tap: str = NOT_GIVEN,
         modules: Sequence[nn.Module] | None = None,
-        normalize: str | None = "rms",
-        center: bool = True,
-        noise: str = "median",
-        layer_scale: str = "trace",
+        normalize: str | None = NOT_GIVEN,
+        center: bool = NOT_GIVEN,
+        noise: str = NOT_GIVEN,
+        layer_scale: str = NOT_GIVEN,
+        detector: Detector | None = None,
+        tokenizer: Any = None,
         end_tokens: Sequence[int] | None = None,
         on_token: Callable[[Step], object] | None = None,
     ) -> None:
-        _check_choice("spectra", spectra, CHOICES["spectra"])
-        _check_choice("start", start, CHOICES["start"])
-        _check_choice("tap", tap, ("residual", "mlp"))
-        _check_choice("normalize", normalize, CHOICES["normalize"])
-        _check_choice("noise", noise, CHOICES["noise"])
-        _check_choice("layer_scale", layer_scale, CHOICES["layer_scale"])
-        if type(window) is not int or not 1 <= window <= MAX_WINDOW:
-            raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
-        self.model = model
-        if modules is None:
-            blocks = find_blocks(model)
-            self.layers = select_layers(layers, len(blocks))
-            self._taps = [blocks[index] if tap == "residual" else find_mlp(blocks[index]) for index in self.layers]
-            self._tap_names = [f"layer{index}" + (".mlp" if tap == "mlp" else "") for index in self.layers]
-        elif tap != "residual":
-            raise TapError("give either tap or modules: modules are watched as they are")
-        else:
-            self.layers = list(range(len(modules)))
-            self._taps = list(modules)
-            self._tap_names = module_names(model, self._taps)
-        self.on_token = on_token
-        self._joint = layer_scale if spectra == "joint" else None
-        self._prompt_too = start == "prompt"
+        given = {
+            "layers": layers,
+            "spectra": spectra,
+            "window": window,
+            "start": start,
+            "tap": tap,
+            "modules": modules,
+            "normalize": normalize,
+            "center": center,
+            "noise": noise,
+            "layer_scale": layer_scale,
+        }
+        if detector is not None:
+            detector.check_model(model, tokenizer, stacklevel=3)
+        options = chosen_options(model, detector, given)
+        self.model, self.detector, self.on_token = model, detector, on_token
+        self._choose_taps(options["layers"], options["tap"], options["modules"])
+        joint = options["layer_scale"] if options["spectra"] == "joint" else None
+        self._prompt_too = options["start"] == "prompt"
         self._end_tokens = end_tokens_of(model) if end_tokens is None else list(end_tokens)
+        made = [f"{tap}." for tap in self._tap_names] if joint is None else [""]
         self._settings = Settings(
             model=type(model).__name__,
-            names=tuple(self.names),
+            names=tuple(f"{prefix}{name}" for prefix in made for name in DESCRIPTORS),
             taps=tuple(self._tap_names),
             layers=tuple(self.layers),
-            window=window,
-            spectra=spectra,
-            start=start,
-            normalize=normalize,
-            center=center,
-            noise=noise,
-            layer_scale=layer_scale,
             end_tokens=tuple(self._end_tokens),
+            **{name: value for name, value in options.items() if name not in ("layers", "tap", "modules")},
         )
+        if detector is not None:
+            detector.stepper(torch.device("cpu"), self._settings)  # says now what does not fit
+        how = {name: options[name] for name in ("center", "normalize", "noise")}
+        self._windows = Windows(len(self._taps), self._settings, detector, joint=joint, **how)
         self._hooks: Attachment | None = None
         self._passes: int | None = None  # how many the last block saw
         self._request = Request(self._end_tokens, self._prompt_too)
         self._candidates: Candidates | None = None
-        self._windows = Windows(
-            len(self._taps), window, center=center, joint=self._joint, normalize=normalize, noise=noise
-        )
         self._told = 0  # steps that on_token has been called for
         self._clock = Clock()
 
-    # What the user reads
+    def _choose_taps(self, layers: str | Sequence[int], tap: str, modules: Sequence[nn.Module] | None) -> None:
+        if modules is None:
+            blocks = find_blocks(self.model)
+            self.layers = select_layers(layers, len(blocks))
+            self._taps = [blocks[index] if tap == "residual" else find_mlp(blocks[index]) for index in self.layers]
+            self._tap_names = [f"layer{index}" + (".mlp" if tap == "mlp" else "") for index in self.layers]
+        else:
+            self.layers = list(range(len(modules)))
+            self._taps = list(modules)
+            self._tap_names = module_names(self.model, self._taps)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the F descriptors: "layer12.entropy", "layer12.mlp.entropy" for tap="mlp", "entropy" if joint."""
-        if self._joint is not None:
-            return list(DESCRIPTORS)
-        return [f"{tap}.{name}" for tap in self._tap_names for name in DESCRIPTORS]
-
-    @property
-    def descriptors(self) -> Tensor:
-        """(B, T, F) float32; [:, t] belongs to the token fed at step t. NaN where a sequence was not watched."""
-        return self._read("descriptors").flatten(2)
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        """(B, T, S, N) float32, largest first, S the number of watched layers, or 1 for joint spectra."""
-        return self._read("eigenvalues")
-
-    @property
-    def tokens(self) -> Tensor:
-        """(B, T) int64: the token fed at each step; -1 where the model was fed embeddings."""
-        return self._read("tokens")
-
-    @property
-    def watching(self) -> bool:
-        """Whether a token of the running request has been watched yet; until then there is nothing to read."""
-        self._settle()
-        return self._windows.history is not None
-
-    @property
-    def steps(self) -> int:
-        """T: steps of the running request watched so far."""
-        self._settle()
-        return self._windows.steps
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) int64: how many steps of each sequence were watched."""
-        return self._read("watched").sum(1)
-
-    @property
-    def watched(self) -> Tensor:
-        """(B, T) bool: in which steps each sequence took part."""
-        return self._read("watched")
-
-    @property
-    def settings(self) -> Settings:
-        """What this monitor is set to: what `save` writes beside the values."""
-        return self._settings
-
-    @property
-    def window(self) -> int:
-        """As given, and so are the next six: what a monitor is set to stays so."""
-        return self._settings.window
-
-    @property
-    def spectra(self) -> str:
-        return self._settings.spectra
-
-    @property
-    def start(self) -> str:
-        return self._settings.start
-
-    @property
-    def normalize(self) -> str | None:
-        return self._settings.normalize
-
-    @property
-    def center(self) -> bool:
-        return self._settings.center
-
-    @property
-    def noise(self) -> str:
-        return self._settings.noise
-
-    @property
-    def layer_scale(self) -> str:
-        return self._settings.layer_scale
-
-    def recording(self) -> Recording:
-        """The request as it stands, copied to the CPU.
-
-        Raises:
-            EigenTrackError: if nothing has been watched yet.
-        """
-        values = {name: getattr(self, name).cpu() for name in ("descriptors", "eigenvalues", "tokens", "watched")}
-        return Recording(**values, settings=self.settings, versions=current_versions())
-
-    def save(self, path: str | Path) -> None:
-        """Writes the request as it stands to one safetensors file, whole or not at all; read it with `eigentrack.load`.
-
-        Raises:
-            EigenTrackError: if nothing has been watched yet.
-            OSError: if the file cannot be written, or `path` names no file.
-        """
-        self.recording().save(path)
+    # Acting on it
 
     def overhead(self) -> Overhead:
         """What the monitor cost per decoded token, over all requests so far."""
         return self._clock.overhead()
-
-    # Acting on it
 
     def reset(self) -> None:
         """Forgets windows and history in mid-generation: the next token fed is step 0 of an empty window.
@@ -267,6 +183,21 @@ class EigenTrack:
         from eigentrack.stopping import StopWhen
 
         return StopWhen(self, fn)
+
+    def stop_above(self, p: float | None = None) -> "StopWhen":
+        """A stopping criterion as of `stop_when`: ends a sequence once its risk exceeds `p`; by default the detector's
+        threshold, which so many right sequences exceed as `calibrate` was told.
+
+        Raises:
+            EigenTrackError: if there is no detector, or `p` is not from 0 to 1.
+            NotFittedError: if `p` is not given and the detector has no threshold.
+        """
+        if self.detector is None:
+            raise EigenTrackError("no risk without a detector: EigenTrack(model, detector=...)")
+        limit = self.detector.threshold if p is None else p
+        if not 0 <= limit <= 1:
+            raise EigenTrackError(f"a risk is from 0 to 1, so p must be, got {p!r}")
+        return self.stop_when(lambda step: step.risk > limit)  # type: ignore[operator]
 
     # Attaching
 
@@ -387,8 +318,3 @@ _UNSEEN = (
     "from the model or from what calls it, never calls the hooks: enter EigenTrack before that is called for the first "
     "time"
 )
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        raise EigenTrackError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

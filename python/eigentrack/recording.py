@@ -18,6 +18,7 @@ DTYPES = {
     "tokens": torch.int64,
     "watched": torch.bool,
 }
+OPTIONAL = {"risk": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Recording:
         watched: (B, T) bool, in which steps a sequence took part.
         settings: the monitor's.
         versions: of rmtkernels and torch, when it was recorded.
+        risk: (B, T) float32, the detector's, if the monitor had one; NaN where a sequence was not watched.
     """
 
     descriptors: Tensor
@@ -39,6 +41,7 @@ class Recording:
     watched: Tensor
     settings: Settings
     versions: Mapping[str, str]
+    risk: Tensor | None = None
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +75,7 @@ class Recording:
             FileFormatError: if the names of modules take more than a megabyte.
             OSError: if it cannot be written, or `path` names no file.
         """
-        tensors = {name: getattr(self, name) for name in DTYPES}
+        tensors = {name: value for name in (*DTYPES, *OPTIONAL) if (value := getattr(self, name)) is not None}
         fields = {"settings": settings_fields(self.settings), "versions": dict(self.versions)}
         write(path, KIND, VERSION, tensors, fields)
 
@@ -89,7 +92,7 @@ def load(path: str | Path) -> Recording:
         FileFormatError: if the file is not a recording, is damaged, contradicts itself, or is of a newer version.
         OSError: if it cannot be read.
     """
-    tensors, fields = read(path, KIND, VERSION, DTYPES)
+    tensors, fields = read(path, KIND, VERSION, DTYPES, OPTIONAL)
     settings = settings_of(fields.get("settings"), path)
     versions = fields.get("versions")
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
@@ -108,13 +111,16 @@ def _check_shapes(recording: Recording, path: str | Path) -> None:
         "descriptors": (*tokens.shape, len(settings.names)),
         "eigenvalues": (*tokens.shape, spectra, settings.window),
         "watched": tuple(tokens.shape),
+        "risk": tuple(tokens.shape),
     }
     for name, shape in wanted.items():
-        found = tuple(getattr(recording, name).shape)
-        if found != shape:
+        value = getattr(recording, name)
+        found = None if value is None else tuple(value.shape)
+        if found not in (None, shape):
             raise FileFormatError(
                 f"{path} contradicts itself: {name} are {found}, and its settings and tokens say {shape}; record anew"
             )
-    for name in ("descriptors", "eigenvalues"):
-        if not getattr(recording, name)[~recording.watched].isnan().all():
+    for name in ("descriptors", "eigenvalues", "risk"):
+        value = getattr(recording, name)
+        if value is not None and not value[~recording.watched].isnan().all():
             raise FileFormatError(f"{path} contradicts itself: {name} in steps that were not watched; record anew")

@@ -19,6 +19,7 @@ class Step:
         watched: (B,) bool, which sequences took part.
         rows: (B,) int64, how many activations each window holds, 0 to N.
         settings: the monitor's.
+        risk: (B,) float32, as `track.risk[:, t]`; None without a detector.
     """
 
     index: int
@@ -27,6 +28,7 @@ class Step:
     watched: Tensor
     rows: Tensor
     settings: Settings | None = None
+    risk: Tensor | None = None
 
 
 def read_step(history: History, index: int, settings: Settings | None = None) -> Step:
@@ -35,6 +37,7 @@ def read_step(history: History, index: int, settings: Settings | None = None) ->
     watched = took_part(seen)
     descriptors = history.descriptors[index].transpose(0, 1).flatten(1)  # (S, B, F) -> (B, S * F)
     window = history.eigenvalues.shape[-1]
+    risk = history.risk[index].masked_fill(~watched, float("nan")) if history.risk.shape[1] else None
     return Step(
         index,
         history.tokens[index].clone(),
@@ -42,4 +45,5 @@ def read_step(history: History, index: int, settings: Settings | None = None) ->
         watched,
         seen[:, 0].clamp(max=window),
         settings,
+        risk,
     )

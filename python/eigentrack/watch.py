@@ -13,14 +13,18 @@ from eigentrack.monitor import EigenTrack
 from eigentrack.step import Step
 from rmtkernels import DESCRIPTORS
 
-# 256-colour codes from calm to alarmed; the rank of a token's entropy among those so far picks one.
+# 256-colour codes from calm to alarmed; the risk picks one, or without a detector the rank of a token's entropy among
+# those so far.
 _COLOURS = (27, 33, 39, 44, 48, 82, 154, 190, 220, 208, 196)
 _COLUMNS = ("share_1", "entropy", "participation", "above_edge")
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One generation: its text, and per watched token descriptors (T, S, F) and eigenvalues (T, S, N)."""
+    """One generation: its text, and per watched token descriptors (T, S, F), eigenvalues (T, S, N) and risk (T,).
+
+    `threshold` is the detector's; both are None without one, and the threshold without calibration.
+    """
 
     prompt: str
     text: str
@@ -28,28 +32,45 @@ class Watched:
     eigenvalues: Tensor
     layers: list[int]
     overhead: Overhead
+    risk: Tensor | None = None
+    threshold: float | None = None
 
 
 class _Printer:
     """Prints each step as it comes: the monitor's on_token."""
 
-    def __init__(self, tokenizer: Any, window: int, center: bool, colour: bool, write: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        window: int,
+        center: bool,
+        colour: bool,
+        write: Callable[[str], None],
+        threshold: float | None = None,
+    ) -> None:
         self.tokenizer, self.window, self.center, self.colour, self.write = tokenizer, window, center, colour, write
+        self.threshold = threshold
         self.entropies: list[float] = []
 
     def __call__(self, step: Step) -> None:
         spectra = step.descriptors[0].unflatten(0, (-1, len(DESCRIPTORS)))
-        self._line(step.index, int(step.tokens[0]), spectra.mean(0))
+        risk = None if step.risk is None else float(step.risk[0])
+        self._line(step.index, int(step.tokens[0]), spectra.mean(0), risk)
 
-    def _line(self, step: int, token: int, mean: Tensor) -> None:
+    def _line(self, step: int, token: int, mean: Tensor, risk: float | None) -> None:
         values = [float(mean[DESCRIPTORS.index(name)]) for name in _COLUMNS]
         fullness = relative_entropy(values[1], step, self.window, self.center)
         self.entropies.append(fullness)
         text = f"{printable(self.tokenizer.decode([token])):<16.16}"
         if self.colour:
-            text = _paint(text, sum(e <= fullness for e in self.entropies) / len(self.entropies))
-        bar = "▇" * round(20 * fullness)
-        self.write(f"{step:4d}  {text}  {values[0]:7.3f}  {values[1]:7.3f}  {values[2]:7.2f}  {values[3]:5.1f}  {bar}")
+            rank = sum(e <= fullness for e in self.entropies) / len(self.entropies)
+            text = _paint(text, rank if risk is None else risk)
+        if risk is None:
+            last = "▇" * round(20 * fullness)
+        else:
+            last = f"{risk:5.3f}  " + "▇" * round(20 * risk)
+            last += "  !" if self.threshold is not None and risk > self.threshold else ""
+        self.write(f"{step:4d}  {text}  {values[0]:7.3f}  {values[1]:7.3f}  {values[2]:7.2f}  {values[3]:5.1f}  {last}")
 
 
 def watch(
@@ -68,20 +89,26 @@ def watch(
         What EigenTrack raises.
     """
     inputs = encode(tokenizer, prompt).to(model.device)
-    with EigenTrack(model, **options) as track:
+    with EigenTrack(model, tokenizer=tokenizer, **options) as track:
         what = "mean over the watched layers" if track.spectra == "per_layer" else "the joint spectrum"
         write(f"prompt: {printable(prompt)}")
         write(f"layers {', '.join(map(str, track.layers))}; window {track.window}; {what}")
-        write(
-            f"{'step':>4}  {'token':<16}  {'λ₁/Σλ':>7}  {'entropy':>7}  {'eff.rank':>7}  {'>edge':>5}  entropy / ln n"
-        )
-        track.on_token = _Printer(tokenizer, track.window, track.center, colour, write)
+        detector = track.detector
+        threshold = detector.threshold if detector is not None and detector.calibrated else None
+        last = "entropy / ln n" if detector is None else f"{'risk':<5}"
+        if threshold is not None:
+            last += f"  ! above {threshold:.3f}"
+        write(f"{'step':>4}  {'token':<16}  {'λ₁/Σλ':>7}  {'entropy':>7}  {'eff.rank':>7}  {'>edge':>5}  {last}")
+        track.on_token = _Printer(tokenizer, track.window, track.center, colour, write, threshold)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     spectra = 1 if track.spectra == "joint" else len(track.layers)
     descriptors = torch.empty(0, spectra, len(DESCRIPTORS))
     eigenvalues = torch.empty(0, spectra, track.window)
     if track.watching:  # else the answer ended with its first token
         descriptors, eigenvalues = track.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS))), track.eigenvalues[0]
+    risk = None
+    if detector is not None:
+        risk = track.risk[0] if track.watching else torch.empty(0)
     return Watched(
         prompt,
         tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
@@ -89,6 +116,8 @@ def watch(
         eigenvalues,
         track.layers,
         track.overhead(),
+        risk,
+        threshold,
     )
 
 

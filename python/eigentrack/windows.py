@@ -5,16 +5,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eigentrack.detector import Detector
+from eigentrack.files import Settings
 from eigentrack.history import History
+from eigentrack.network import Stepper
 from rmtkernels import DESCRIPTORS, SlidingWindow, spectrum_descriptors_
 
 
 class Snapshot(NamedTuple):
-    """Where windows and history stood; without a history, they were empty."""
+    """Where windows, history and the detector stood; without a history, they were empty."""
 
     history: History | None
     steps: int
     state: dict[str, Tensor]
+    memory: Tensor | None = None
 
 
 class Windows:
@@ -22,15 +26,19 @@ class Windows:
 
     Args:
         taps: how many rows make a step.
-        window: N, rows per window.
+        settings: of the monitor.
+        detector: gives each step a risk.
         options: `center`, `joint`, `normalize` and `noise` of `rmtkernels.spectrum_descriptors`.
     """
 
-    def __init__(self, taps: int, window: int, **options: Any) -> None:
+    def __init__(self, taps: int, settings: Settings, detector: Detector | None, **options: Any) -> None:
         self.history: History | None = None
         self._taps = taps
-        self._window = window
+        self._settings = settings
+        self._detector = detector
         self._options = options
+        self._stepper: Stepper | None = None
+        self._memory: Tensor | None = None  # the detector's state
         self._state: SlidingWindow | None = None
 
     @property
@@ -55,6 +63,11 @@ class Windows:
             **self._options,
         )
         history.seen[step].copy_(state.seen)
+        if self._stepper is not None:
+            flat = history.descriptors[step].transpose(0, 1).flatten(1)  # (S, B, F) -> (B, S * F)
+            assert self._memory is not None
+            risk, self._memory = self._stepper(flat, self._memory, state.seen[:, 2:] < 0)
+            history.risk[step].copy_(risk[:, 0])
         if tokens is None:
             history.tokens[step].fill_(-1)
         else:
@@ -75,7 +88,7 @@ class Windows:
         """To come back to with `restore`."""
         if self.history is None or self._state is None:
             return Snapshot(None, 0, {})
-        return Snapshot(self.history, self.history.steps, self._state.state_dict())
+        return Snapshot(self.history, self.history.steps, self._state.state_dict(), self._memory)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Forgets the steps since the snapshot."""
@@ -84,13 +97,18 @@ class Windows:
             self.history = snapshot.history
             self.history.steps = snapshot.steps
             self._state.load_state_dict(snapshot.state)
+            self._memory = snapshot.memory
 
     @torch.inference_mode(False)  # what outlives a pass must not be an inference tensor
     def _allocate(self, rows: Tensor) -> None:
-        shape = (self._taps, rows.shape[0], self._window, rows.shape[2])
+        batch, window, device = rows.shape[0], self._settings.window, rows.device
+        shape = (self._taps, batch, window, rows.shape[2])
         state = self._state
         known = None if state is None else (state.ring.shape, state.ring.dtype, state.ring.device)
         if known != (shape, rows.dtype, rows.device):
             self._state = SlidingWindow(*shape, dtype=rows.dtype, device=rows.device)
         spectra = self._taps if self._options["joint"] is None else 1
-        self.history = History(rows.shape[0], spectra, len(DESCRIPTORS), self._window, rows.device)
+        if self._detector is not None:
+            self._stepper = self._detector.stepper(device, self._settings)
+            self._memory = self._stepper.start(batch)
+        self.history = History(batch, spectra, len(DESCRIPTORS), window, device, risk=self._detector is not None)

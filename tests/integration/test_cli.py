@@ -60,7 +60,7 @@ def test_the_command_a_newcomer_types(tmp_path: Path, capsys: pytest.CaptureFixt
     arguments = ["watch", "--demo", "--prompt", "Say\x1b[31m hello.", "--max-new-tokens", "6", "--threads", "1"]
     assert cli.main([*arguments, "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
-    assert "entropy / ln n" in printed and "monitor:" in printed and "\x1b" not in printed
+    assert "eff.rank" in printed and "monitor:" in printed and "\x1b" not in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

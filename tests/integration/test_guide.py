@@ -45,7 +45,7 @@ def test_the_snippets_of_the_guide(
     snippets = re.findall(
         r"^```python\n(.*?)^```$", (ROOT / "docs/eigentrack.md").read_text(), re.MULTILINE | re.DOTALL
     )
-    assert len(snippets) == 7
+    assert len(snippets) == 9
     tokenizer = Tokenizer()
     names: dict[str, Any] = {
         "torch": torch,
@@ -53,6 +53,7 @@ def test_the_snippets_of_the_guide(
         "tokenizer": tokenizer,
         "inputs": tokenizer("What is the capital of France ?", "pt"),
         "text": "One two three, four; five: six seven and eight.",
+        "judged_questions": [(f"What is the {'q' * (i % 9 + 1)} of {'y' * i} ?", i % 2) for i in range(48)],
         "ordinary_questions": [f"How far is it from here to {'x' * length} ?" for length in range(8)],
     }
     for number, snippet in enumerate(snippets):
@@ -60,7 +61,13 @@ def test_the_snippets_of_the_guide(
         assert hooks_of(endless) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["0", "1", "2", "3"], "one line for each watched step"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.safetensors", "reference.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "answer.safetensors",
+        "detector",
+        "reference.safetensors",
+    ]
+    assert len(names["history"].train_indices) + len(names["history"].validation_indices) == 24
+    assert names["detector"].calibrated and names["detector"].settings.window == 32
     assert isinstance(names["recording"], eigentrack.Recording) and names["recording"].window == 32
     assert names["track"].tokens.tolist() == names["ids"][:, 1:].tolist()
 

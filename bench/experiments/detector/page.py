@@ -1,0 +1,147 @@
+"""`python -m bench.experiments.detector.page`: puts the tables, made from the committed results, into docs/detector.md.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from bench.experiments.detector.early import SEEN
+from bench.experiments.detector.report import result_path
+from bench.experiments.texts import ROOT
+
+PAGE = ROOT / "docs" / "detector.md"
+BLOCK = re.compile(r"<!-- table: (.*?) -->\n(.*?)\n?<!-- end of table -->", re.DOTALL)
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(page: str) -> str:
+    """The page with its tables made anew."""
+    return BLOCK.sub(lambda block: f"<!-- table: {block[1]} -->\n{table(block[1])}\n<!-- end of table -->", page)
+
+
+def table(name: str) -> str:
+    """Of "methods dialogue", "stopping passage/random" and so on: kind, result and, within it, comparison."""
+    kind, place = name.split(" ", 1)
+    file, _, part = place.partition("/")
+    result = json.loads(result_path(file).read_text(encoding="utf-8"))
+    return TABLES[kind](result[part] if part else result)
+
+
+def methods(result: dict[str, Any]) -> str:
+    """One row per method, best first."""
+    against = result.get("minus best probe", {})
+    head = ["method", "AUROC [95 %]", "seeds", "pairs right", "AUPRC", "F1", "FPR at 95 % found", "calibration error"]
+    head += [f"minus {result['best probe of hidden states']}"] if against else []
+    rows = []
+    for name, one in sorted(result["methods"].items(), key=lambda item: -item[1]["auroc"][0]):
+        seeds = " ".join(f"{area:.3f}" for area in one.get("seeds", []))
+        pairs = one["pairs right"]
+        cells = [name, interval(one["auroc"]), seeds, f"{pairs:.3f}" if pairs == pairs else "", f"{one['auprc']:.3f}"]
+        cells += [f"{one[key]:.3f}" for key in ("f1", "fpr at 95 % found", "calibration error")]
+        rows.append(cells + ([interval(against[name], "+") if name in against else ""] if against else []))
+    return markdown(head, rows)
+
+
+def counts(result: dict[str, Any]) -> str:
+    head = ["part", "answers", "of label 1", "sources", "tokens"]
+    return markdown(head, [[split, *(str(value) for value in one.values())] for split, one in result["counts"].items()])
+
+
+def stopping(result: dict[str, Any]) -> str:
+    names = {
+        "wrong answers stopped": "wrong answers stopped",
+        "right answers stopped": "right answers stopped",
+        "median tokens left when stopped": "median tokens left when stopped",
+        "tokens of wrong answers saved": "of the tokens of wrong answers, saved",
+        "tokens of right answers lost": "of the tokens of right answers, lost",
+    }
+    rows = [
+        [name, *(f"{one[key]:.0f}" if "median" in key else f"{one[key]:.1%}" for key in names)]
+        for name, one in result["early"].items()
+    ]
+    return markdown(["method", *names.values()], rows)
+
+
+def seen(result: dict[str, Any]) -> str:
+    columns = [*map(str, SEEN), "all"]
+    rows = [
+        [name, *(f"{one['auroc after tokens'][column]:.3f}" for column in columns)]
+        for name, one in result["early"].items()
+    ]
+    return markdown(["AUROC after … tokens", *columns], rows)
+
+
+def tried(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            str(one["features"]),
+            f"{one['gru']:.3f}",
+            f"{min(one['seeds']):.3f} … {max(one['seeds']):.3f}",
+            f"{one['seeds together']:.3f}",
+            f"{one['logistic regression']:.3f}",
+        ]
+        for name, one in result["validation"].items()
+    ]
+    head = ["per token", "numbers", "GRU, mean of 3 seeds", "seeds", "seeds together", "logistic regression"]
+    return markdown(head, rows)
+
+
+def adds(result: dict[str, Any]) -> str:
+    rows = [
+        [name, interval(one["auroc"]), interval(one["minus prompt alone"], "+") if name != "prompt alone" else ""]
+        for name, one in result["the answer's part"].items()
+    ]
+    return markdown(["logistic regression on", "AUROC [95 %]", "minus prompt alone"], rows)
+
+
+def strange(result: dict[str, Any]) -> str:
+    """One column per comparison."""
+    comparisons = [key for key in result if " against " in key]
+    names = list(result[comparisons[0]]["methods"])
+    best = {key: max(one["auroc"][0] for one in result[key]["methods"].values()) for key in comparisons}
+    rows = []
+    for name in names:
+        areas = [result[key]["methods"][name]["auroc"] for key in comparisons]
+        rows.append(
+            [
+                name,
+                *(
+                    f"**{a[0]:.3f}**" if a[0] == best[key] else f"{a[0]:.3f}"
+                    for a, key in zip(areas, comparisons, strict=True)
+                ),
+            ]
+        )
+    rows.append(["texts in test", *(str(result[key]["counts"]["test"]["answers"]) for key in comparisons)])
+    return markdown(["AUROC", *comparisons], rows)
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    value, low, high = (f"{one:{sign}.3f}" for one in values)
+    return f"{value} [{low}, {high}]"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "methods": methods,
+    "counts": counts,
+    "stopping": stopping,
+    "seen": seen,
+    "tried": tried,
+    "adds": adds,
+    "strange": strange,
+}
+
+
+if __name__ == "__main__":
+    main()
