@@ -78,11 +78,13 @@ class Attachment:
         self._hooks.clear()
         self._rows, self._runner = [], 0
 
-    # Hooks. They are closures that know their module, so that those of a copied model do nothing.
+    # Hooks. They are closures that know their module, so that those of a copied model do nothing. PyTorch registers a
+    # hook before it notes that the hook wants keywords: a pass of another thread in between calls it without them, and
+    # is none of ours.
 
     def _before(self) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is not self._model:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if module is not self._model or kwargs is None:
                 return
             traced = is_compiling()
             entered = 0 if traced else time.perf_counter_ns()
@@ -128,12 +130,12 @@ class Attachment:
         return collect
 
     def _after(self) -> Callable[..., None]:
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if module is not self._model:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+            if module is not self._model or not output:
                 return
             traced = is_compiling()
             entered = 0 if traced else time.perf_counter_ns()
-            cache = cache_of(output)
+            cache = cache_of(*output)
             if cache is None:
                 cache = self._arguments(args, kwargs).get("past_key_values")
             keys = keys_of(cache)

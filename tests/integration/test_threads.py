@@ -143,3 +143,15 @@ def test_a_copy_of_the_model_is_not_watched(llama: Any) -> None:
         assert torch.equal(track.descriptors, before)
     assert hooks_of(llama) == 1
     assert torch.equal(generate(twin, prompt(), 10), output)
+
+
+@pytest.mark.filterwarnings("ignore:EigenTrack saw no forward pass")
+def test_a_pass_between_a_hook_and_its_keywords_is_left_alone(llama: Any) -> None:
+    """PyTorch registers a hook, then notes that it wants keywords; a pass of another thread can come in between."""
+    ids = prompt()
+    expected = llama(ids).logits
+    with EigenTrack(llama, window=WINDOW) as track:
+        for marked in (llama._forward_pre_hooks_with_kwargs, llama._forward_hooks_with_kwargs):
+            marked.clear()
+        assert torch.equal(llama(ids).logits, expected)
+    assert track.descriptors.shape[1] == 0
