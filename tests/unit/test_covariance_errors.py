@@ -76,6 +76,10 @@ MISTAKES: dict[str, tuple[type[RmtkernelsError], Callable[[Arguments], Arguments
         RangeError,
         lambda a: {"weights": torch.full((N,), 1e308, dtype=torch.float64), "batch": torch.zeros(N, D)},
     ),
+    "weights times rows that overflow float64": (
+        RangeError,
+        lambda a: {"weights": torch.full((N,), 1e300, dtype=torch.float64), "batch": normal(N, D) * 1e10},
+    ),
     "a state that is not finite": (RangeError, lambda a: {"scatter": torch.full((D, D), torch.nan)}),
     "a mean that is not finite": (RangeError, lambda a: {"mean": a["mean"] * torch.inf}),
     "a negative total": (RangeError, lambda a: {"totals": -a["totals"]}),
@@ -110,6 +114,17 @@ def test_the_raw_operator_raises_too_and_keeps_the_state(name: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_no_mistake_no_error(backend: str) -> None:
     covariance_update_(**arguments(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("before", [0, 20])
+def test_squares_that_overflow_float64_are_refused(before: int, backend: str) -> None:
+    state = covariance_of(normal(before, 1, dtype=torch.float64), dtype=torch.float64)
+    kept = state.copy()
+    rows = torch.tensor([[0.0], [1.3e154]], dtype=torch.float64).repeat(5, 1)  # each of the squares fits
+    with pytest.raises(RangeError):
+        covariance_update_(*state, rows, backend=backend)
+    assert same_covariance(state, kept)
 
 
 def test_a_freed_batch_is_refused() -> None:
