@@ -134,7 +134,7 @@ def without_autocast(
     """Autocast would round the products of a basis with itself to 16 bits."""
 
     @functools.wraps(function)
-    def wrapped(multiply: LinearMap, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+    def wrapped(multiply: LinearMap, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         with torch.autocast(multiply.device.type, enabled=False):
             return function(multiply, *arguments, **options)
 
