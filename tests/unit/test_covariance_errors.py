@@ -188,10 +188,13 @@ def test_a_decayed_state_takes_no_other_in() -> None:
 def test_a_merge_that_would_overflow_is_refused() -> None:
     state, far = filled(), StreamingCovariance(D)
     far.update(torch.full((3, D), 6e18))
-    before = Covariance(state.mean, state.scatter, state.totals).copy()
-    with pytest.raises(RangeError):
-        state.merge(far)
-    assert same_covariance(Covariance(state.mean, state.scatter, state.totals), before)
+    wide = StreamingCovariance(D)
+    wide.update(torch.tensor([[-2.5e18], [2.5e18]]).expand(2, D))  # twice it is too much, though the means are equal
+    for one, other in ((state, far), (wide, wide)):
+        before = Covariance(one.mean, one.scatter, one.totals).copy()
+        with pytest.raises(RangeError):
+            one.merge(other)
+        assert same_covariance(Covariance(one.mean, one.scatter, one.totals), before)
 
 
 @pytest.mark.parametrize(("rows", "ddof"), [(0, 0), (1, 1), (3, 3), (3, 4), (3, torch.nan)])
