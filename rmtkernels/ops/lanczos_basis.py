@@ -119,7 +119,7 @@ class Basis:
         triangle = torch.linalg.qr(rows.mT, mode="r").R
         negligible = 16 * torch.finfo(rows.dtype).eps * self.scale
         gone = triangle.diagonal()[:, None].abs() <= negligible
-        mixing = torch.where(gone | gone.mT, 0, triangle.mT) + gone.to(rows).flatten().diag()  # of the rows that stay
+        mixing = torch.where(gone, 0, triangle.mT) + gone.to(rows).flatten().diag()
         random = self.noise[: len(rows)].roll(self.steps, 1)
         unit = torch.linalg.solve_triangular(mixing, torch.where(gone, random, rows), upper=False)[:room]
         for _ in range(1 if 2 * self.size < self.multiply.dim else 3):  # near the end little is left of a random row
