@@ -103,7 +103,8 @@ Sample sample_of(const Tensor& batch, const std::optional<Tensor>& weights, cons
              [&](int64_t begin, int64_t end) { kernels().add_rows(s.mean.data(), rows, begin, end); });
   double mean_norm = 0;
   for (double& m : s.mean) m /= s.total, mean_norm += m * m;
-  s.trace = std::max(0.0, energy - s.total * mean_norm);
+  const double trace = energy - s.total * mean_norm;
+  s.trace = trace < 0 ? 0 : trace;  // NaN, of sums that overflow, is to be refused
   return s;
 }
 

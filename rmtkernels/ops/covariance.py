@@ -57,7 +57,8 @@ def covariance_update_(
             products and sums are of this dtype.
         totals: (5,) float64: sum of the weights, sum of their squares, rows accepted, rows rejected, and updates that
             decayed. Zeros are an empty state, of which mean and scatter are not read.
-        batch: (n, D) float64, float32, bfloat16 or float16, any strides.
+        batch: (n, D) float64, float32, bfloat16 or float16, any strides, in memory of its own: it is read while the
+            state is written.
         weights: (n,) float32 or float64, finite and not negative: a row of weight 2 counts as two rows. 0 skips a row.
         mask: (n,) bool; rows where it is False are skipped, and neither they nor their weights are read.
         decay: in (0, 1]: what came before counts this much less from now on, once per update.
@@ -70,11 +71,12 @@ def covariance_update_(
 
     Source: Chan, Golub, LeVeque (1979) for the combination; RMT-KD (arXiv 2509.15724) for its use.
     """
-    if batch.requires_grad and torch.is_grad_enabled():
-        batch = batch.detach()
+    if torch.is_grad_enabled():
+        batch = batch.detach() if batch.requires_grad else batch
+        weights = weights.detach() if weights is not None and weights.requires_grad else weights
     if select("covariance_update_", mean.device, backend) == "reference":
         _check_update(mean, scatter, totals, batch, weights, mask, decay)
-        reference.covariance_update_ref_(mean, scatter, totals, batch.detach(), weights, mask, decay)
+        reference.covariance_update_ref_(mean, scatter, totals, batch, weights, mask, decay)
         return
     try:
         torch.ops.rmtkernels.covariance_update_(mean, scatter, totals, batch, weights, mask, decay)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rmtkernels.errors import DeviceError, DtypeError, MatrixError, ShapeError
 from rmtkernels.ops.lanczos_basis import Basis, Ritz
-from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product
+from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, without_autocast
 
 BLOCK = 8  # the kernel's lanes: wider blocks need more products, narrower ones waste them
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -58,7 +58,8 @@ def lanczos_eigh(
         center: subtract the mean of the samples first, in effect.
         tol: highest residual, at least 8 roundings of the dtype; default 1e-5 for float32 and 1e-10 for float64.
             Rounding may end the search above a tol near that limit; `converged` then says so.
-        start: (d, vectors), where to begin, for instance the eigenvectors of a similar matrix. Default: random.
+        start: (d, vectors), where to begin, for instance the eigenvectors of a similar matrix; eight random vectors
+            join it, for what it lacks. Default: these alone.
         seed: of all random vectors.
         max_steps: products of the matrix with a block after which to stop, converged or not.
         backend: "cpu" or "reference" (products in float64 by PyTorch) instead of the automatic choice.
@@ -68,7 +69,8 @@ def lanczos_eigh(
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments.
-        MatrixError: if an entry is not finite, or the matrix is plainly not symmetric.
+        MatrixError: if an entry is not finite, the matrix is plainly not symmetric, or the eigenvalues overflow or
+            underflow its dtype, as those of X'X do for samples of 1e-22 in float32.
         BackendError: if `backend` is missing.
     """
     multiply = LinearMap(matrix, gram, center, backend)
@@ -133,7 +135,7 @@ class _Largest:
         return self.k, ritz.bounds[: self.k] / allowed
 
     def lowest(self, ritz: Ritz) -> float:
-        return float(ritz.values[self.k - 1])
+        return float(ritz.values[: self.k][-1])
 
 
 class _Above:
@@ -154,6 +156,7 @@ class _Above:
         return self.threshold
 
 
+@without_autocast
 def _solve(
     multiply: LinearMap, goal: _Goal, tol: float | None, start: Tensor | None, seed: int, max_steps: int
 ) -> LanczosResult:
@@ -166,21 +169,26 @@ def _solve(
     tiny = torch.finfo(multiply.dtype).tiny
     basis = _begin(multiply, goal.begin(), start, seed)
     schedule = _Schedule(goal.begin())
-    until, earliest, once, failures = schedule.first, 0, 0, 0
+    until, once, failures = schedule.first, 0, 0
+    earliest = 0 if start is None else min(BLOCK, max_steps)  # what the start lacks is for the random vectors to find
     while True:
         while basis.size < until and not basis.full() and len(basis.rest) and basis.steps < max_steps:
             basis.step()
         ritz = basis.ritz()
-        if not ritz.scale < torch.finfo(multiply.dtype).max / 2:
-            raise MatrixError("the eigenvalues overflow the matrix's dtype; scale it down")
-        wanted, excess = goal.excess(ritz, tol * max(ritz.scale, tiny))
+        multiply.check_scale(max(ritz.scale, tiny))
+        allowed = tol * max(ritz.scale, tiny)
+        wanted, excess = goal.excess(ritz, allowed)
+        if start is not None:
+            excess = torch.cat([excess, _next_unsettled(ritz, wanted, goal.lowest(ritz), allowed)])
         exhausted = basis.size == multiply.dim
         done = exhausted or (float(excess.max()) <= 1 and basis.steps >= earliest and wanted <= basis.size)
         if done or basis.steps >= max_steps:
             result = _result(basis, ritz, wanted, tol, done)
-            hidden = done and not exhausted and _may_hide_copies(ritz, wanted, goal.lowest(ritz), basis)
+            hidden = done and not exhausted and _may_hide_copies(ritz, wanted, goal.lowest(ritz), tol, basis)
             failures += not result.complete
             if exhausted or basis.steps >= max_steps or failures == _PATIENCE or (result.complete and not hidden):
+                if done:
+                    multiply.check_scale(ritz.scale)
                 return result
             if hidden:
                 once = once or basis.steps
@@ -225,11 +233,10 @@ def room_for(k: int) -> int:
 def _begin(multiply: LinearMap, k: int, start: Tensor | None, seed: int) -> Basis:
     """A basis of one block, after the first product has shown whether the matrix can be worked with."""
     generator = torch.Generator().manual_seed(seed)
-    if start is None:
-        rows = torch.randn(min(BLOCK, multiply.dim), multiply.dim, generator=generator, dtype=multiply.dtype)
-        rows = rows.to(multiply.device)
-    else:
-        rows = _checked_start(multiply, start)
+    given = multiply.matrix.new_empty(0, multiply.dim) if start is None else _checked_start(multiply, start)
+    missing = min(BLOCK, multiply.dim - len(given))
+    rows = torch.randn(missing, multiply.dim, generator=generator, dtype=multiply.dtype)
+    rows = torch.cat([given, rows.to(multiply.device)])
     basis = Basis(multiply, room_for(max(k, len(rows))), rows, generator)
     basis.step()
     check_first_product(basis.vectors[: basis.size], basis.images[: basis.size])
@@ -248,11 +255,24 @@ def _checked_start(multiply: LinearMap, start: Tensor) -> Tensor:
     return start.detach().mT
 
 
-def _may_hide_copies(ritz: Ritz, wanted: int, lowest: float, basis: Basis) -> bool:
-    """Whether an eigenvalue above the lowest was found as often as the start has vectors, and so may have more."""
+def _next_unsettled(ritz: Ritz, wanted: int, lowest: float, allowed: float) -> Tensor:
+    """Residual bound over distance from the lowest of the first Ritz value behind those wanted that is not settled.
+
+    With a start that was given others may be settled from the first look, and say nothing about what the start lacks.
+    Further copies of the lowest do not count: new ones come up again and again.
+    """
+    gaps, bounds = lowest - ritz.values[wanted:], ritz.bounds[wanted:]
+    return (bounds / gaps)[(bounds > allowed) & (gaps[:1] > allowed)][:1]
+
+
+def _may_hide_copies(ritz: Ritz, wanted: int, lowest: float, tol: float, basis: Basis) -> bool:
+    """Whether an eigenvalue above the lowest was found as often as the start has vectors, and so may have more.
+
+    Those closer together than the tolerance count as one: the search ends before it can tell them apart.
+    """
     width = len(basis.rest)
     values = ritz.values[:wanted].tolist()
-    near = 64 * torch.finfo(basis.multiply.dtype).eps * ritz.scale
+    near = max(64 * torch.finfo(basis.multiply.dtype).eps, tol) * ritz.scale
     pairs = zip(values, values[width - 1 :], strict=False)
     return any(high - low <= near and low > lowest + near for high, low in pairs)
 

@@ -116,11 +116,12 @@ class Basis:
         basis, room = self.vectors[: self.size], self.multiply.dim - self.size
         if room == 0:
             return rows[:0], rows.new_zeros(1, len(rows))
-        unit, triangle = torch.linalg.qr(rows.mT)
-        unit = unit.mT
+        triangle = torch.linalg.qr(rows.mT, mode="r").R
         negligible = 16 * torch.finfo(rows.dtype).eps * self.scale
         gone = triangle.diagonal()[:, None].abs() <= negligible
-        unit = torch.where(gone[: len(unit)], self.noise[: len(unit)].roll(self.steps, 1), unit)[:room]
+        mixing = torch.where(gone, 0, triangle.mT) + gone.to(rows).flatten().diag()
+        random = self.noise[: len(rows)].roll(self.steps, 1)
+        unit = torch.linalg.solve_triangular(mixing, torch.where(gone, random, rows), upper=False)[:room]
         for _ in range(1 if 2 * self.size < self.multiply.dim else 3):  # near the end little is left of a random row
             unit = torch.linalg.qr(torch.addmm(unit, unit @ basis.mT, basis, alpha=-1).mT)[0].mT
         return unit, triangle

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rmtkernels.errors import ShapeError
 from rmtkernels.laws import tracy_widom_quantile
-from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product
+from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, without_autocast
 
 _TRANSIENT = 10  # coefficients that still remember the start and the spikes
 _MAX_STEPS = 100  # of spike_count, and at most an eighth of the width: beyond, the coefficients no longer fall in line
@@ -117,6 +117,7 @@ def spike_count(
     return SpikeCount(len(found), found, threshold, edge, scale)
 
 
+@without_autocast
 def jacobi(multiply: LinearMap, steps: int, probes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Diagonals and what lies beside them, (probes, steps) float64, of the Jacobi matrices of random unit vectors.
 
@@ -145,6 +146,7 @@ def jacobi(multiply: LinearMap, steps: int, probes: int, seed: int) -> tuple[Ten
         goes_on = norms > 16 * torch.finfo(unit.dtype).eps * scale
         beside[:, step] = torch.where(goes_on, norms, 0.0)
         unit = torch.where(goes_on[:, None], image / norms[:, None].to(image), 0.0)
+    multiply.check_scale(float(scale.max()))
     return diagonal.cpu(), beside.cpu()
 
 

@@ -1,5 +1,9 @@
 """The products that block Lanczos is made of: a large symmetric matrix, or X'X, times a narrow block of vectors."""
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -7,6 +11,9 @@ from rmtkernels._library import define
 from rmtkernels.dispatch import select
 from rmtkernels.errors import DeviceError, DtypeError, MatrixError, ShapeError
 from rmtkernels.reference import lanczos as reference
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 _ASYMMETRIC = 1e-2  # of the products of the first vectors: finer asymmetry shows in the residuals
 
@@ -108,6 +115,30 @@ class LinearMap:
                 self.matrix, self.mean, block
             )
         return torch.ops.rmtkernels.lanczos_multiply(self.matrix, block)  # type: ignore[no-any-return]
+
+    def check_scale(self, scale: float) -> None:
+        """Raises MatrixError if eigenvalues up to `scale` do not fit the dtype; only those of a zero matrix are 0."""
+        limits = torch.finfo(self.dtype)
+        if not scale < limits.max / 2:
+            raise MatrixError("the eigenvalues overflow the matrix's dtype; scale it down")
+        if (
+            scale < limits.tiny
+            and (self.matrix if self.mean is None else self.matrix - self.mean[0] - self.mean[1]).any()
+        ):
+            raise MatrixError("the eigenvalues underflow the matrix's dtype; scale it up")
+
+
+def without_autocast(
+    function: Callable[Concatenate[LinearMap, Parameters], Result],
+) -> Callable[Concatenate[LinearMap, Parameters], Result]:
+    """Autocast would round the products of a basis with itself to 16 bits."""
+
+    @functools.wraps(function)
+    def wrapped(multiply: LinearMap, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        with torch.autocast(multiply.device.type, enabled=False):
+            return function(multiply, *arguments, **options)
+
+    return wrapped
 
 
 def column_mean(samples: Tensor, rows: int = 1024) -> Tensor:

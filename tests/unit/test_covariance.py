@@ -271,9 +271,11 @@ def test_rows_are_left_as_they_were_and_no_graph_is_kept() -> None:
     copy = batch.clone()
     covariance_of(batch)
     assert same_bits(batch, copy)
-    state = empty_covariance(4)
-    covariance_update_(*state, torch.randn(5, 4, requires_grad=True) * 2)
-    assert not any(tensor.requires_grad for tensor in state)
+    for backend in ("cpu", "reference"):
+        state = empty_covariance(4)
+        rows, weights = (torch.rand(*shape, requires_grad=True) * 2 for shape in ((5, 4), (5,)))
+        covariance_update_(*state, rows, weights, backend=backend)
+        assert not any(tensor.requires_grad for tensor in state)
 
 
 def test_no_columns() -> None:

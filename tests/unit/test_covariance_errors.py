@@ -76,6 +76,10 @@ MISTAKES: dict[str, tuple[type[RmtkernelsError], Callable[[Arguments], Arguments
         RangeError,
         lambda a: {"weights": torch.full((N,), 1e308, dtype=torch.float64), "batch": torch.zeros(N, D)},
     ),
+    "weights times rows that overflow float64": (
+        RangeError,
+        lambda a: {"weights": torch.full((N,), 1e300, dtype=torch.float64), "batch": normal(N, D) * 1e10},
+    ),
     "a state that is not finite": (RangeError, lambda a: {"scatter": torch.full((D, D), torch.nan)}),
     "a mean that is not finite": (RangeError, lambda a: {"mean": a["mean"] * torch.inf}),
     "a negative total": (RangeError, lambda a: {"totals": -a["totals"]}),
@@ -110,6 +114,17 @@ def test_the_raw_operator_raises_too_and_keeps_the_state(name: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_no_mistake_no_error(backend: str) -> None:
     covariance_update_(**arguments(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("before", [0, 20])
+def test_squares_that_overflow_float64_are_refused(before: int, backend: str) -> None:
+    state = covariance_of(normal(before, 1, dtype=torch.float64), dtype=torch.float64)
+    kept = state.copy()
+    rows = torch.tensor([[0.0], [1.3e154]], dtype=torch.float64).repeat(5, 1)  # each of the squares fits
+    with pytest.raises(RangeError):
+        covariance_update_(*state, rows, backend=backend)
+    assert same_covariance(state, kept)
 
 
 def test_a_freed_batch_is_refused() -> None:
@@ -173,10 +188,13 @@ def test_a_decayed_state_takes_no_other_in() -> None:
 def test_a_merge_that_would_overflow_is_refused() -> None:
     state, far = filled(), StreamingCovariance(D)
     far.update(torch.full((3, D), 6e18))
-    before = Covariance(state.mean, state.scatter, state.totals).copy()
-    with pytest.raises(RangeError):
-        state.merge(far)
-    assert same_covariance(Covariance(state.mean, state.scatter, state.totals), before)
+    wide = StreamingCovariance(D)
+    wide.update(torch.tensor([[-2.5e18], [2.5e18]]).expand(2, D))  # twice it is too much, though the means are equal
+    for one, other in ((state, far), (wide, wide)):
+        before = Covariance(one.mean, one.scatter, one.totals).copy()
+        with pytest.raises(RangeError):
+            one.merge(other)
+        assert same_covariance(Covariance(one.mean, one.scatter, one.totals), before)
 
 
 @pytest.mark.parametrize(("rows", "ddof"), [(0, 0), (1, 1), (3, 3), (3, 4), (3, torch.nan)])

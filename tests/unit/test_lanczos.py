@@ -227,6 +227,41 @@ def test_seeds_and_starts_decide_every_bit() -> None:
         check(lanczos_eigh(matrix, 5, start=start), matrix, 5)
 
 
+@pytest.mark.parametrize("start", [[0, 1, 3, 4, 5, 6], list(range(1, 90)), [*range(4), *range(5, 90)], [7], [2, 2, 0]])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_start_may_lack_what_is_wanted(start: list[int], slow: bool) -> None:
+    """Eigenvectors as a start span an invariant subspace: all in it converges at once, and the rest is not in it."""
+    spectrum = torch.arange(1, 401).double() ** -0.5 if slow else torch.linspace(0, 1, 400).flip(0).double()
+    matrix = with_spectrum(spectrum, SINGLE)
+    vectors = lanczos_eigh_ref(matrix, 100)[1][:, start].float()
+    for begin in (vectors, torch.cat([vectors, normal(400, 3)], 1)):
+        check(lanczos_eigh(matrix, 5, start=begin), matrix, 5)
+        above = lanczos_above(matrix, float(spectrum[5:7].mean()), start=begin)
+        check(above, matrix, 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tol", [None, 1e-3])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_every_eigenvalue_of_a_cluster_is_found(spread: float, tol: float | None, dtype: torch.dtype) -> None:
+    """Closer together than the tolerance, they look like copies when the search ends."""
+    width = spread * (tol or rmtkernels.ops.lanczos.TOLERANCE[dtype])
+    cluster = 1 + width * torch.linspace(-0.5, 0.5, 20).double()
+    matrix = with_spectrum(torch.cat([cluster, torch.linspace(0, 0.9, 400).double()]), dtype)
+    for result in (lanczos_eigh(matrix, 23, tol=tol), lanczos_above(matrix, 0.95, tol=tol)):
+        check(result, matrix, len(result.eigenvalues), tol=tol)
+        assert (result.eigenvalues > 0.95).sum() == 20
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_autocast_changes_nothing(gram: bool) -> None:
+    matrix = normal(90, 60) if gram else with_spectrum(torch.arange(60.0), SINGLE)
+    want = lanczos_eigh(matrix, 4, gram=gram)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = lanczos_eigh(matrix, 4, gram=gram)
+    assert same_bits(got.eigenvectors, want.eigenvectors)
+
+
 def test_threads_do_not_change_a_bit(set_threads) -> None:
     for matrix, gram in ((with_spectrum(torch.arange(400.0), SINGLE), False), (normal(5000, 70), True)):
         block, bits = normal(8, matrix.shape[1], seed=9), []

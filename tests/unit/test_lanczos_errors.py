@@ -73,6 +73,23 @@ def test_overflow() -> None:
         lanczos_eigh(symmetric(300) * 1e37, 4)
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("scale", [1e-22, 1e-30])
+def test_underflow(call: Callable[..., object], center: bool, scale: float) -> None:
+    """Of samples whose squares are 0, or keep few digits."""
+    samples = normal(520, 520) + 1
+    with pytest.raises(MatrixError, match="underflow"):
+        call(samples * scale, gram=True, center=center)
+    call((samples * scale).double(), gram=True, center=center)
+    call(torch.full((30, 520), scale), gram=True, center=True)  # nothing there to underflow
+
+
+def test_underflow_of_a_matrix() -> None:
+    with pytest.raises(MatrixError, match="underflow"):
+        lanczos_eigh(symmetric(300) * 1e-42, 4)
+
+
 @pytest.mark.parametrize(
     ("error", "call"),
     [

@@ -124,10 +124,11 @@ def test_merging_a_state_with_itself_counts_its_rows_twice() -> None:
 
 
 def test_merging_leaves_the_other_state_as_it_was() -> None:
-    other = filled(normal(12, D, seed=4) + 3)
-    before = state_of(other)
-    filled(normal(40, D)).merge(other)
+    other = filled(normal(12, D, seed=4) + 3, torch.full((2, D), torch.nan))
+    before, state = state_of(other), filled(normal(40, D), torch.full((1, D), torch.nan))
+    state.merge(other)
     assert same_covariance(state_of(other), before)
+    assert (state.rows, state.rejected) == (52, 3)
 
 
 def test_reset_is_as_new() -> None:
