@@ -116,7 +116,10 @@ class Config:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(found) - known):
             raise ConfigError(f"unknown settings {', '.join(map(str, unknown))}; there are: {', '.join(sorted(known))}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
+        }
+        return cls(**values)
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
