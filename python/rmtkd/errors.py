@@ -25,3 +25,11 @@ class PlanError(RmtkdError, ValueError):
 
 class FileFormatError(RmtkdError, ValueError):
     """A file is not what it should be: of another kind, damaged, contradicting itself, or of a newer version."""
+
+
+class TrainingError(RmtkdError, ValueError):
+    """Training cannot start or go on: no batches, no labels, logits that do not fit, or a loss that is not finite."""
+
+
+class ResumeError(RmtkdError, ValueError):
+    """A folder holds the checkpoints of another run."""
