@@ -62,20 +62,19 @@ def fit(
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ModelError("there is nothing to train: no parameter of the student requires a gradient")
     where = {parameter.device for parameter in student.parameters()}
+    if len(where) > 1:
+        raise ModelError(f"the student must be on one device, it is on {', '.join(map(str, where))}")
     if epochs:
-        cache = getattr(getattr(student, "config", None), "use_cache", None)
-        with TemporaryDirectory(prefix="rmtkd-") as folder, _seeded(config.seed, batches), in_eval(teacher):
-            arguments = _arguments(config, epochs, folder, cpu={device.type for device in where} == {"cpu"})
-            with tqdm(total=epochs * len(batches), desc=label, disable=not progress) as bar:
-                calls = _Calls(bar, evaluate, enough, after_step)
-                try:
-                    _Trainer(student, teacher, batches, config, arguments, calls).train()
-                finally:
-                    student.zero_grad()
-                    if cache is not None:
-                        student.config.use_cache = cache  # type: ignore[union-attr]
-                    if len(where) == 1:
-                        student.to(next(iter(where)))
+        with (
+            TemporaryDirectory(prefix="rmtkd-") as folder,
+            _seeded(config.seed, batches),
+            _in_eval(teacher),
+            _student(student),
+            tqdm(total=epochs * len(batches), desc=label, disable=not progress) as bar,
+        ):
+            arguments = _arguments(config, epochs, folder, cpu=where <= {torch.device("cpu")})
+            calls = _Calls(bar, evaluate, enough, after_step)
+            _Trainer(student, teacher, batches, config, arguments, calls).train()
     return student.eval()
 
 
@@ -119,7 +118,23 @@ def scored(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
 
 
 @contextmanager
-def in_eval(model: nn.Module | None) -> Iterator[None]:
+def _student(model: nn.Module) -> Iterator[None]:
+    """Takes back what the Trainer does to a model besides training it."""
+    device = next(model.parameters()).device
+    config = getattr(model, "config", None)
+    had = {} if config is None else {key: value for key, value in vars(config).items() if key == "use_cache"}
+    try:
+        yield
+    finally:
+        model.zero_grad()
+        model.eval().to(device)
+        if config is not None:
+            vars(config).pop("use_cache", None)
+            vars(config).update(had)
+
+
+@contextmanager
+def _in_eval(model: nn.Module | None) -> Iterator[None]:
     """Eval mode inside; afterwards every module's mode as before."""
     training = [] if model is None else [module for module in model.modules() if module.training]
     for module in training:
@@ -262,7 +277,7 @@ def _seeded(seed: int, batches: Any) -> Iterator[None]:
     generators = _generators(batches)
     states = [generator.get_state() for generator in generators]
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         for generator in generators:
             generator.manual_seed(seed)
         try:
