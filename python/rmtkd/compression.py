@@ -23,8 +23,8 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
     """
     if missing := [layer.name for layer in plan.layers if layer.name not in plan.covariances]:
         raise PlanError(
-            f"the plan has no covariance of {missing[0]}: one that was read from JSON tells what was planned but cannot "
-            "be carried out; plan again"
+            f"the plan has no covariance of {missing[0]}: one that was read from JSON tells what was planned, but "
+            "cannot be carried out; plan again"
         )
     if plan.config.mode == "factor":
         from rmtkd import factor

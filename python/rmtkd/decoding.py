@@ -1,5 +1,6 @@
 """Dataclasses from JSON values that somebody else may have written: every field there, and of its type."""
 
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -36,8 +37,7 @@ def _decoded(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in inner:
             return None
-        (kind,) = (option for option in inner if option is not NoneType)
-        return _decoded(kind, value, where)
+        return _any_of([option for option in inner if option is not NoneType], value, where)
     if origin is tuple and isinstance(value, list):
         if inner[-1] is Ellipsis:
             return tuple(_decoded(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value))
@@ -48,6 +48,13 @@ def _decoded(kind: Any, value: Any, where: str) -> Any:
     if type(value) is kind or (kind is float and type(value) is int):
         return value
     raise FileFormatError(f"{where} must be {getattr(kind, '__name__', kind)}, got {value!r:.60}")
+
+
+def _any_of(kinds: list[Any], value: Any, where: str) -> Any:
+    for kind in kinds[:-1]:
+        with suppress(FileFormatError):
+            return _decoded(kind, value, where)
+    return _decoded(kinds[-1], value, where)
 
 
 def _record(kind: Any, value: Any, where: str) -> Any:
