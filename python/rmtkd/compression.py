@@ -1,12 +1,15 @@
 """compress: carry out a plan."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
+from rmtkd.calibration import Batch
 from rmtkd.errors import PlanError
 from rmtkd.plans import Plan
 
 
-def compress(model: nn.Module, plan: Plan) -> nn.Module:
+def compress(model: nn.Module, plan: Plan, calibration: Iterable[Batch] | None = None) -> nn.Module:
     """A new, smaller model as planned; the one given is not changed, and shares no memory with it.
 
     Factor mode gives the same class with layers replaced by `ProjectedLinear`, `ProjectedEmbedding` and
@@ -16,6 +19,8 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
     Args:
         model: the one that was planned for, in the state in which it was.
         plan: as `rmtkd.plan` returned it. One that was read from JSON has no covariances.
+        calibration: width mode: batches on which gains and offsets of norm layers are fitted to what the model had
+            there. Without them they follow from the projection alone, and more is left for distillation to repair.
 
     Raises:
         PlanError: if the plan is of another model or without covariances.
@@ -32,5 +37,5 @@ def compress(model: nn.Module, plan: Plan) -> nn.Module:
         return factor.compress(model, plan)
     from rmtkd import width
 
-    narrowed: nn.Module = width.narrow(model, plan.widths, plan.covariances, plan.config)
+    narrowed: nn.Module = width.narrow(model, plan.widths, plan.covariances, plan.config, calibration)
     return narrowed

@@ -28,6 +28,7 @@ from rmtkernels.errors import RmtkernelsError
 FORMAT, VERSION = "rmtkd.model", 1
 DESCRIPTION, PLAN, WEIGHTS = "rmtkd.json", "plan.json", "weights.safetensors"
 MAX_DESCRIPTION = 1 << 24  # bytes; ten thousand projected layers take a tenth
+_OPTIONS = ("padding_idx", "stride", "padding", "dilation")  # of ProjectedLayer, as their kinds take them
 _KINDS: dict[str, type[Projected]] = {
     kind.__name__: kind for kind in (ProjectedLinear, ProjectedEmbedding, ProjectedConv2d)
 }
@@ -128,7 +129,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     return loaded.eval()
 
 
-def _write(model: nn.Module, folder: Path, config: Config | None) -> Description:
+def _write(model: Any, folder: Path, config: Config | None) -> Description:
     projected = tuple(
         _describe(name, module) for name, module in model.named_modules() if isinstance(module, Projected)
     )
@@ -290,11 +291,10 @@ def _projected(base: nn.Module, layer: ProjectedLayer, tensors: dict[str, Tensor
         raise FileFormatError(f"{folder}: {layer.name} is a {layer.kind!r:.40}, and there is no such layer")
     try:
         dense: Any = base.get_submodule(layer.name)
-        wanted = tuple(dense.weight.shape)
+        wanted: tuple[int, ...] = tuple(dense.weight.shape)
     except AttributeError as error:
         raise FileFormatError(f"{folder} projects {layer.name!r:.80}, which the model has no layer for") from error
-    given = {field: getattr(layer, field) for field in ("padding_idx", "stride", "padding", "dilation")}
-    options = {field: value for field, value in given.items() if value is not None}
+    options = {field: getattr(layer, field) for field in _OPTIONS if getattr(layer, field) is not None}
     parts = [tensors.get(f"{layer.name}.{factor}") for factor in kind.factors]
     bias = tensors.get(f"{layer.name}.bias")
     try:

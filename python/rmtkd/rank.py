@@ -77,7 +77,7 @@ def choose(eigenvalues: ArrayLike, rows: float, config: Config, multiple: int = 
     """
     spectrum = np.sort(np.asarray(eigenvalues, dtype=np.float64))[::-1]
     dim = len(spectrum)
-    zero = _ZERO * max(float(spectrum.mean()), 0.0)
+    zero = _ZERO * noise_variance(spectrum, dim / rows, "trace")  # the mean; refuses what is no spectrum
     support = int((spectrum > zero).sum())
     if support >= min(dim, int(rows)):
         support = dim
@@ -120,7 +120,7 @@ def leading_eigenvectors(covariance: Tensor, k: int) -> Tensor:
     if _LANCZOS_SHARE * k <= len(matrix):
         found = lanczos_eigh(matrix, k)
         if found.complete:
-            return found.eigenvectors.float()
+            return found.eigenvectors.float().contiguous()
     vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors.flip(1)[:, :k]
     peaks = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return (vectors * peaks.sign()).float().contiguous()
