@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rmtkd.calibration import as_it_was, move_to
@@ -67,7 +74,7 @@ def fit(
     if epochs:
         with (
             TemporaryDirectory(prefix="rmtkd-") as folder,
-            _seeded(config.seed, batches),
+            seeded(config.seed, batches),
             _in_eval(teacher),
             _student(student),
             tqdm(total=epochs * len(batches), desc=label, disable=not progress) as bar,
@@ -115,6 +122,25 @@ def scored(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
     if not math.isfinite(score):
         raise TrainingError(f"evaluate must return a finite number, got {score}")
     return score
+
+
+@contextmanager
+def seeded(seed: int, batches: Any) -> Iterator[None]:
+    """Random numbers from this seed inside, also for a loader with generators of its own; the old states afterwards."""
+    generators = _generators(batches)
+    states = [generator.get_state() for generator in generators]
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        set_seed(seed)
+        for generator in generators:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
 
 @contextmanager
@@ -269,24 +295,6 @@ def _batches(train: Iterable[Mapping[str, Any]] | Dataset[Any]) -> Any:
     if count == 0:
         raise TrainingError("there is nothing to train on: train is empty")
     return batches
-
-
-@contextmanager
-def _seeded(seed: int, batches: Any) -> Iterator[None]:
-    """Equal random numbers inside, also for a loader that has generators of its own; the old states afterwards."""
-    generators = _generators(batches)
-    states = [generator.get_state() for generator in generators]
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        for generator in generators:
-            generator.manual_seed(seed)
-        try:
-            yield  # the Trainer seeds the global ones
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
