@@ -156,11 +156,9 @@ def _class_of(model: nn.Module) -> str:
     return "transformers" if getattr(transformers, type(model).__name__, None) is type(model) else ""
 
 
-def _describe(name: str, module: Projected) -> ProjectedLayer:
-    values: dict[str, Any] = {
-        field: getattr(module, field, None) for field in ("padding_idx", "stride", "padding", "dilation")
-    }
-    return ProjectedLayer(name, type(module).__name__, module.rank, module.fixed, **values)
+def _describe(name: str, module: Any) -> ProjectedLayer:
+    options: dict[str, Any] = {field: getattr(module, field, None) for field in _OPTIONS}
+    return ProjectedLayer(name, type(module).__name__, module.rank, module.fixed, **options)
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
@@ -266,7 +264,11 @@ def _load_module(folder: Path, description: Description, model: nn.Module | None
     except (SafetensorError, OSError) as error:
         raise FileFormatError(f"{folder / WEIGHTS} is missing or damaged ({error}): copy it again") from error
     for layer in description.projected:
-        base.set_submodule(layer.name, _projected(base, layer, tensors, folder))
+        projected = _projected(base, layer, tensors, folder)
+        if layer.name:
+            base.set_submodule(layer.name, projected)
+        else:
+            base = projected
     _fill(base, tensors, folder)
     return base
 
@@ -284,7 +286,7 @@ def _from_config(folder: Path, description: Description) -> nn.Module:
     return module
 
 
-def _projected(base: nn.Module, layer: ProjectedLayer, tensors: dict[str, Tensor], folder: Path) -> Projected:
+def _projected(base: nn.Module, layer: ProjectedLayer, tensors: dict[str, Tensor], folder: Path) -> Any:
     """The layer with the file's tensors, if there is a dense one of that shape in its place."""
     kind: Any = _KINDS.get(layer.kind)
     if kind is None:
@@ -295,10 +297,11 @@ def _projected(base: nn.Module, layer: ProjectedLayer, tensors: dict[str, Tensor
     except AttributeError as error:
         raise FileFormatError(f"{folder} projects {layer.name!r:.80}, which the model has no layer for") from error
     options = {field: getattr(layer, field) for field in _OPTIONS if getattr(layer, field) is not None}
-    parts = [tensors.get(f"{layer.name}.{factor}") for factor in kind.factors]
-    bias = tensors.get(f"{layer.name}.bias")
+    prefix = f"{layer.name}." if layer.name else ""
+    parts = [tensors.get(prefix + factor) for factor in kind.factors]
+    bias = tensors.get(f"{prefix}bias")
     try:
-        projected: Projected = kind(*parts, *(() if bias is None else (bias,)), fixed=layer.fixed, **options)
+        projected: Any = kind(*parts, *(() if bias is None else (bias,)), fixed=layer.fixed, **options)
     except (RmtkernelsError, AttributeError, TypeError) as error:
         raise FileFormatError(f"{folder}: {layer.name} is damaged ({error})") from error
     found = tuple(projected.weight.shape)
