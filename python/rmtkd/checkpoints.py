@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ class Checkpoints:
         model = files.load(folder, model=self.model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
+        for tensor in chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()  # safetensors maps the file: whoever wrote to it would write to the model
         device = next(self.model.parameters()).device
         return model.to(device).eval()
 

@@ -88,8 +88,7 @@ def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, conf
         OSError: if it cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / DESCRIPTION).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there, and nothing that rmtkd wrote: give another folder")
+    refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     aside.mkdir()
@@ -104,6 +103,12 @@ def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, conf
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises FileExistsError if `save` would have to replace what it did not write."""
+    if folder.exists() and not (folder / DESCRIPTION).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there, and nothing that rmtkd wrote: give another folder")
 
 
 def load(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
@@ -135,7 +140,8 @@ def _write(model: Any, folder: Path, config: Config | None) -> Description:
     )
     library, name = _class_of(model), type(model).__name__
     if hasattr(model, "save_pretrained") and not projected:
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
         return Description("pretrained", library, name, (), config)
     from safetensors.torch import save_file
 
@@ -226,7 +232,7 @@ def _load_pretrained(folder: Path, description: Description, model: nn.Module | 
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)  # is not written to config.json
     options = {} if attention is None else {"attn_implementation": attention}
     try:
-        with _no_bars():
+        with quiet_transformers():
             loaded, told = kind.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True, **options
             )
@@ -336,8 +342,8 @@ def _fill(base: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers shows no bar for a load that takes a moment."""
+def quiet_transformers() -> Iterator[None]:
+    """transformers shows no bar for what takes a moment."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

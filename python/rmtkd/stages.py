@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -256,12 +257,17 @@ def _reason(stage: Stage, first: Stage, planned: Plan) -> str:
 
 
 def _below(planned: Plan) -> list[str]:
-    """What asked for less than `min_ratio` of its width: layers, or settings that groups share, by their mean."""
-    asked = defaultdict(list)
+    """What asked for less than `min_ratio`: layers, or settings that several groups share, by their mean."""
+    sharing = defaultdict(list)
     for layer in planned.layers:
         if not layer.keep_dense:
-            asked[layer.width or layer.name].append(layer.choice.raw_rank / layer.dim)
-    return [name for name, shares in asked.items() if sum(shares) / len(shares) < planned.config.min_ratio]
+            sharing[layer.width or layer.name].append(layer.choice)
+    return [
+        name
+        for name, choices in sharing.items()
+        if fmean(choice.raw_rank for choice in choices)
+        < planned.config.min_ratio * max(choice.support for choice in choices)
+    ]
 
 
 def _over(number: int, stages: Sequence[Config]) -> str:
