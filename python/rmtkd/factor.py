@@ -15,7 +15,7 @@ from rmtkd.projection import Side, kind_of, refusal
 from rmtkd.rank import leading_eigenvectors
 
 if TYPE_CHECKING:
-    from rmtkd.planning import Plan
+    from rmtkd.plans import Plan
 
 
 def groups(model: nn.Module, config: Config) -> list[Group]:
