@@ -21,8 +21,8 @@ from rmtkd.planning import plan
 from rmtkd.plans import LayerPlan, Plan
 
 if TYPE_CHECKING:
-    from rmtkd.distillation import distill
     from rmtkd.checkpoints import Stage
+    from rmtkd.distillation import distill
     from rmtkd.stages import Result, run
 
 __all__ = [

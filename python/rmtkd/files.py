@@ -343,13 +343,15 @@ def _fill(base: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers shows no bar for what takes a moment."""
+    """No bar for what takes a moment, and no report of what is missing: our errors tell what matters."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -99,6 +99,13 @@ class Plan:
         for name, width in self.widths.items():
             before = next(layer.dim for layer in self.layers if layer.width == name)
             lines.append(f"{name}: {before} → {width} ({self.reasons[name]})")
+        if held := [layer.name for layer in self.layers if layer.choice.clamped and not layer.width]:
+            lines.append(f"held by min_ratio {self.config.min_ratio:g}: {', '.join(held)}")
+        if few := [layer for layer in self.layers if layer.choice.rows < layer.dim]:
+            lines.append(
+                f"{few[0].name}{' and others have' if len(few) > 1 else ' has'} fewer rows than dimensions: calibrate on "
+                "more data"
+            )
         lines += [f"{layer.name} stays dense: {layer.keep_dense}" for layer in self.layers if layer.keep_dense]
         lines += [f"{name} is left out: {reason}" for name, reason in self.skipped.items()]
         first, last = self.model_parameters
@@ -121,7 +128,7 @@ class Plan:
             f"{choice.sigma2[method]:.3g}",
             f"{choice.edges[method]:.3g}",
             *("-" if counts[noise] is None else str(counts[noise]) for noise in NOISE),
-            f"{layer.rank}{'*' if choice.clamped else ''}",
+            str(layer.rank),
             f"{layer.kept_energy:.1%}",
         ]
         if factors:
