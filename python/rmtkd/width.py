@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rmtkd import width_bert
+from rmtkd import width_bert, width_llama, width_resnet
 from rmtkd.calibration import Batch
 from rmtkd.config import Config
 from rmtkd.errors import ModelError, PlanError
 from rmtkd.groups import Group
 from rmtkd.norms import fit_norms
 
-_FAMILIES: dict[str, ModuleType] = {"bert": width_bert}
+_FAMILIES: dict[str, ModuleType] = {"bert": width_bert, "llama": width_llama, "resnet": width_resnet}
 
 
 def groups(model: nn.Module) -> list[Group]:

@@ -10,7 +10,7 @@ from rmtkd.errors import ModelError
 from rmtkd.groups import Group, Tap
 from rmtkd.heads import narrow_scores, narrow_values
 from rmtkd.neurons import choose_neurons
-from rmtkd.residual import residual_basis
+from rmtkd.residual import layer_norm_basis, norm_gain
 from rmtkd.width_parts import (
     Layer,
     Narrowed,
@@ -53,7 +53,7 @@ def narrow(model: Layer, widths: Mapping[str, int], covariances: Mapping[str, Te
     inner_moments = [
         moment_of(covariances, _inner(index), old.intermediate_size) for index in range(old.num_hidden_layers)
     ]
-    basis = residual_basis(moment, hidden, keep_mean=True)
+    basis = layer_norm_basis(moment, hidden)
     new = smaller(model, hidden_size=hidden, intermediate_size=inner)
     stream = _Stream(moment, basis)
     wide, narrow_base = model.base_model, new.base_model
@@ -76,17 +76,12 @@ class _Stream:
 
     def __init__(self, moment: Tensor, basis: Tensor) -> None:
         self.moment, self.basis = moment, basis
-        d, k = basis.shape
-        kept = (basis.T @ moment @ basis).trace() / moment.trace().clamp(min=torch.finfo(moment.dtype).tiny)
-        self.norm_gain = (d / k * kept) ** 0.5
+        self._gain = norm_gain(moment, basis)
 
     def norm(self, new: Layer, old: Layer) -> None:
-        """The diagonal of what a norm's gains become in the new axes.
-
-        Per axis the stream varies √(d/k · kept) times as much as it did, which the narrow norm divides out.
-        """
-        gains = (self.basis.square() * weight_of(old)[:, None]).sum(0)
-        write(new, gains * self.norm_gain if self.basis.shape[0] > len(gains) else gains, self.basis.T @ bias_of(old))
+        """A norm's gains become the diagonal of what they are in the new axes."""
+        gains = self.basis.square().T @ weight_of(old)
+        write(new, self._gain * gains, self.basis.T @ bias_of(old))
 
 
 def _attention(new: Layer, old: Layer, heads: int, stream: _Stream) -> None:

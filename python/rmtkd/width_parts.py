@@ -43,8 +43,9 @@ def smaller(model: Layer, **settings: Any) -> Layer:
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         new = type(model)(config).to(device=model.device, dtype=model.dtype)
     new.train(model.training)
-    for parameter, old in zip(new.parameters(), model.parameters(), strict=True):
-        parameter.requires_grad_(old.requires_grad)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(trained[name])
     if hasattr(model, "generation_config"):
         new.generation_config = copy.deepcopy(model.generation_config)
     return new
