@@ -21,10 +21,9 @@ from bench.experiments import rmtkd_baselines, rmtkd_slicing, texts
 from bench.experiments.rmtkd_units import Units, parameters
 from eigentrack.loading import demo_model, load_causal_lm
 from rmtkd import factor
-from rmtkd.calibration import calibrate
 from rmtkd.compression import compress
 from rmtkd.config import Config
-from rmtkd.planning import plan
+from rmtkd.planning import Plan, plan
 from rmtkd.rank import choose
 
 RESULT = texts.ROOT / "bench" / "results" / "rmtkd-language.json"
@@ -70,40 +69,31 @@ class Experiment:
             self.found[what] = make()
         return self.found[what]
 
-    def calibration(self, side: str) -> Any:
-        groups = factor.groups(self.model, self.config(side))
-        rows = CALIBRATION * LENGTH
-        return self.once(side, lambda: calibrate(self.model, self.windows, groups, rows=rows))
+    def plan(self, side: str) -> Plan:
+        config = Config(mode="factor", side=side, modules=BLOCKS, multiple=1, min_ratio=0.0, keep_slower=True)
+        return self.once(side, lambda: plan(self.model, self.windows, config))  # type: ignore[no-any-return]
 
-    @staticmethod
-    def config(side: str, quantile: float = 0.5) -> Config:
-        return Config(
-            mode="factor", side=side, modules=BLOCKS, quantile=quantile, multiple=1, min_ratio=0.0, keep_slower=True
-        )
-
-    def quantile(self, side: str, share: float) -> float:
-        """The smallest of 0.01, 0.02, … with which the model keeps at most this share of its parameters."""
-        states = self.calibration(side)
+    def at(self, made: Plan, quantile: float) -> Plan:
+        """The plan as it would be with another quantile: the spectra are the same."""
+        config = replace(made.config, quantile=quantile)
         modules = dict(self.model.named_modules())
-        spectra = {
-            name: (torch.linalg.eigvalsh(state.covariance(center=False)).clamp_min(0).numpy(), state.effective_rows)
-            for name, state in states.items()
-        }
-        dense = parameters(self.model)
-        for step in range(1, 100):
-            config, saved = self.config(side, step / 100), 0
-            for group in factor.groups(self.model, config):
-                module: Any = modules[group.taps[0].module]
-                rank = choose(*spectra[group.name], config, group.multiple).rank
-                saved += max(0, module.weight.numel() - rank * sum(module.weight.shape))
-            if dense - saved <= share * dense:
-                return step / 100
-        raise ValueError(f"no quantile cuts to {share:.0%}")
+        layers, saved = [], 0
+        for layer in made.layers:
+            choice = choose(layer.eigenvalues, layer.choice.rows, config)
+            dense, projected = factor.parameters(modules[layer.name], choice.rank, config.side)
+            saved += max(0, dense - projected)
+            layers.append(replace(layer, choice=choice, rank=choice.rank, keep_dense=""))
+        before = parameters(self.model)
+        return replace(made, config=config, layers=tuple(layers), model_parameters=(before, before - saved))
 
     def rmtkd(self, side: str, share: float) -> dict[str, Any]:
-        config = replace(self.config(side), quantile=self.quantile(side, share))
-        made = plan(self.model, self.calibration(side), config)
-        return {"quantile": config.quantile, **perplexity(compress(self.model, made), self.test)}
+        """With the smallest quantile of 0.01, 0.02, … that keeps at most this share of the parameters."""
+        made = self.plan(side)
+        for step in range(1, 100):
+            found = self.at(made, step / 100)
+            if found.model_parameters[1] <= share * found.model_parameters[0]:
+                return {"quantile": step / 100, **perplexity(compress(self.model, found), self.test)}
+        raise ValueError(f"no quantile cuts to {share:.0%}")
 
     def student(self, method: str, total: int) -> nn.Module:
         if method == "plain SVD":

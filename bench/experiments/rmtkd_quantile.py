@@ -36,19 +36,21 @@ def spectra(model: Any, groups: Sequence[Group], batches: Sequence[Mapping[str, 
 
 
 def shares(state: Any) -> dict[str, Any]:
-    eigenvalues = torch.linalg.eigvalsh(state.covariance(center=False).double()).clamp_min(0).numpy()
+    eigenvalues = torch.linalg.eigvalsh(state.covariance(center=False)).flip(0).clamp_min(0).numpy()
     dim, rows = len(eigenvalues), state.effective_rows
     config = Config(multiple=1, min_ratio=0.0)
     by_quantile = {q: choose(eigenvalues, rows, replace(config, quantile=q)) for q in QUANTILES}
     some = by_quantile[0.45]
+    within = eigenvalues[: some.support]
     return {
         "d": dim,
         "n": round(rows),
+        "support": some.support,
         "edge / noise variance": round(some.edges["quantile"] / some.sigma2["quantile"], 4),
-        "first eigenvalue's share": round(float(eigenvalues[-1] / eigenvalues.sum()), 4),
+        "first eigenvalue's share": round(float(eigenvalues[0] / eigenvalues.sum()), 4),
         "above the edge": {str(q): round(choice.raw_rank / dim, 4) for q, choice in by_quantile.items()},
         "above the quantile itself": {
-            str(q): round(float((eigenvalues > np.quantile(eigenvalues, q)).mean()), 4) for q in QUANTILES
+            str(q): round(float((within > np.quantile(within, q)).sum()) / dim, 4) for q in QUANTILES
         },
         "other estimators": {name: round(some.outliers[name] / dim, 4) for name in OTHERS},
         "spikes": None if some.spikes is None else round(some.spikes / dim, 4),

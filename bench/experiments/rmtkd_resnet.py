@@ -16,12 +16,10 @@ import torch
 
 from bench.experiments import data_cifar, texts
 from bench.experiments.rmtkd_units import Units, kept, parameters, shown, work_folder
-from rmtkd.calibration import calibrate
 from rmtkd.compression import compress
 from rmtkd.config import Config
 from rmtkd.distillation import distill, train
 from rmtkd.planning import plan
-from rmtkd.width import groups
 
 RESULT = texts.ROOT / "bench" / "results" / "rmtkd-resnet.json"
 QUANTILES = (0.2, 0.45, 0.6)
@@ -60,9 +58,9 @@ class Experiment:
         dense, config = self.dense(), replace(self.config, quantile=quantile)
         first = self.train[0][: len(self.train[0]) // 10]
         batches = [{"pixel_values": data_cifar.enlarged(part)} for part in first.split(data_cifar.BATCH)]
-        made = plan(dense, calibrate(dense, batches, groups(dense), rows=config.calibration_rows), config)
+        made = plan(dense, batches, config)
         print(made.table(), flush=True)
-        return compress(dense, made)
+        return compress(dense, made, batches)
 
     def measure(self, method: str, quantile: float) -> dict[str, Any]:
         dense = self.dense()

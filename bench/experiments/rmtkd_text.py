@@ -19,12 +19,10 @@ from torch import nn
 
 from bench.experiments import data_text, rmtkd_baselines, rmtkd_slicing, texts
 from bench.experiments.rmtkd_units import Units, kept, parameters, shown, work_folder
-from rmtkd.calibration import calibrate
 from rmtkd.compression import compress
 from rmtkd.config import Config
 from rmtkd.distillation import distill, train
 from rmtkd.planning import plan
-from rmtkd.width import groups
 
 METHODS = ("dense, distilled", "RMT-KD", "same shape, random", "whitened SVD", "plain SVD", "slicing")
 
@@ -77,9 +75,9 @@ class Experiment:
     def narrow(self) -> Any:
         dense = self.dense()
         batches = data_text.calibration(self.task.train, self.seed)
-        made = plan(dense, calibrate(dense, batches, groups(dense), rows=self.config.calibration_rows), self.config)
+        made = plan(dense, batches, self.config)
         print(made.table(), flush=True)
-        return compress(dense, made)
+        return compress(dense, made, batches)
 
     def student(self, method: str) -> Any:
         """The model a method starts its distillation from."""
