@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_BUDGET = 0.4  # seconds for a comparison, and
+_BUDGET = 0.2  # seconds for a comparison, and
 _ROUNDS = 5, 200  # how many rounds it has at least and at most
 
 
@@ -15,7 +15,7 @@ def milliseconds(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]
     """Median wall time of a call of each, in milliseconds, after one call each that does not count.
 
     They are called in turn, forwards and backwards, with PyTorch's present number of threads, without gradients, and
-    accelerators are waited for. At least 5 rounds; more, up to 200, as long as all rounds take 0.4 seconds.
+    accelerators are waited for. At least 5 rounds; more, up to 200, as long as all rounds take 0.2 seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     with torch.no_grad():

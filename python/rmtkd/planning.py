@@ -1,7 +1,7 @@
 """plan: what a compression would do, measured on the model and the data, before anything is done."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 
@@ -41,7 +41,7 @@ def plan(model: nn.Module, calibration: Iterable[Batch], config: Config, *, prog
         CalibrationError: as `calibrate`, and if `calibration` can be read only once.
         ConfigError: if `config.noise` is "spikes" and a width is below 512.
     """
-    if iter(calibration) is calibration:
+    if isinstance(calibration, Iterator):
         raise CalibrationError("calibration batches are read more than once: give a list or a loader, not an iterator")
     groups = _groups(model, config)
     states = calibrate(model, calibration, groups, rows=config.calibration_rows, progress=progress)

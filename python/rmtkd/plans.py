@@ -102,10 +102,8 @@ class Plan:
         if held := [layer.name for layer in self.layers if layer.choice.clamped and not layer.width]:
             lines.append(f"held by min_ratio {self.config.min_ratio:g}: {', '.join(held)}")
         if few := [layer for layer in self.layers if layer.choice.rows < layer.dim]:
-            lines.append(
-                f"{few[0].name}{' and others have' if len(few) > 1 else ' has'} fewer rows than dimensions: calibrate on "
-                "more data"
-            )
+            names = f"{few[0].name} and others have" if len(few) > 1 else f"{few[0].name} has"
+            lines.append(f"{names} fewer rows than dimensions: calibrate on more data")
         lines += [f"{layer.name} stays dense: {layer.keep_dense}" for layer in self.layers if layer.keep_dense]
         lines += [f"{name} is left out: {reason}" for name, reason in self.skipped.items()]
         first, last = self.model_parameters

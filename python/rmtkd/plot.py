@@ -34,7 +34,8 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
         _draw(panel, layer, method)
     for panel in axes.flat[len(plan.layers) :]:
         panel.axis("off")
-    axes[0, 0].legend(fontsize=7)
+    if axes[0, 0].has_data():
+        axes[0, 0].legend(fontsize=7)
     figure.supxlabel("eigenvalue of the second moment")
     figure.supylabel("eigenvalues per bin")
     figure.tight_layout()
