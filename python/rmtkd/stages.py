@@ -5,7 +5,7 @@ import glob
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +100,7 @@ def run(
         config: everything else.
         folder: of the checkpoints, "stage-0", "stage-1", ..., each a model that `rmtkd.load` reads; nothing is written
             without it.
-        progress: whether to show bars, and a line per stage.
+        progress: whether to show bars, and the plan and a line per stage.
 
     Raises:
         ResumeError: if the folder holds a run of another model or other settings.
@@ -108,7 +108,7 @@ def run(
         CalibrationError, ModelError, TrainingError: as `rmtkd.plan` and `rmtkd.distill`. What `evaluate` raises goes
             through; the checkpoints stay whole.
     """
-    if iter(calibration) is calibration:
+    if isinstance(calibration, Iterator):
         raise CalibrationError(
             "calibration must be readable several times, as a list or a DataLoader is; got an iterator"
         )
@@ -196,7 +196,9 @@ def _next(
     number = len(state.history)
     first, last, config = state.history[0], state.history[-1], stages[number - 1]
     planned = plan(state.model, calibration, config, progress=progress)
-    student = compress(state.model, planned)
+    if progress:
+        tqdm.write(planned.table(), file=sys.stderr)
+    student = compress(state.model, planned, calibration)
     size = parameters(student)
     if size >= last.parameters:
         stage = replace(last, number=number, ranks={}, before=last.score, projected=last.score)
