@@ -23,12 +23,14 @@ def fit_norms(model: nn.Module, narrowed: Narrowed, calibration: Iterable[Batch]
 
     Args:
         model: the wide model; unchanged.
-        narrowed: its weights are set, also where norms have weights and no bias (RMSNorm), then without an offset.
-        calibration: batches of the model, read until there are 4,096 rows.
+        narrowed: its `norms` are set; nothing happens if it has none.
+        calibration: batches of the model, read until every norm has seen 4,096 rows.
 
     Raises:
         CalibrationError: if there are no rows, or the model does not take a batch.
     """
+    if not narrowed.norms:
+        return
     with ExitStack() as stack:
         stack.enter_context(as_it_was(model))
         stack.enter_context(as_it_was(narrowed.model))
@@ -45,12 +47,10 @@ def fit_norms(model: nn.Module, narrowed: Narrowed, calibration: Iterable[Batch]
                 fit.mask = mask
             run(model, batch)
             run(narrowed.model, batch)
-            if max(fit.rows for fit in fits) >= ROWS:
+            if min(fit.rows for fit in fits) >= ROWS:
                 break
-        if all(fit.rows == 0 for fit in fits):
-            raise CalibrationError(
-                "norms cannot be fitted without rows; is the calibration an iterator that was read?"
-            )
+        if any(fit.rows == 0 for fit in fits):
+            raise CalibrationError("norms cannot be fitted without rows; is the calibration an iterator that was read?")
 
 
 class _Fit:
@@ -58,9 +58,8 @@ class _Fit:
 
     def __init__(self, norm: Norm, module: Layer) -> None:
         self.module, self.projection = module, norm.projection
-        self.offset_too = getattr(module, "bias", None) is not None
-        self.gain = module.weight.detach().double()
-        self.offset = module.bias.detach().double() if self.offset_too else torch.zeros_like(self.gain)
+        self.gain = module.weight.detach().double().clone()
+        self.offset = module.bias.detach().double().clone()
         self.mask: Tensor | None = None
         self.rows = 0
         self._target = torch.empty(0)
@@ -76,12 +75,9 @@ class _Fit:
         self.rows += len(rows)
         self._sums += torch.stack((rows.sum(0), target.sum(0), rows.square().sum(0), (rows * target).sum(0)))
         x, y, xx, xy = self._sums / self.rows
-        if self.offset_too:
-            xx, xy = xx - x * x, xy - x * y
-        varies = xx > 1e-9 * self._sums[2] / self.rows
-        self.gain = torch.where(varies, xy / xx, self.gain)
-        if self.offset_too:
-            self.offset = y - self.gain * x
+        variance = xx - x * x
+        self.gain = torch.where(variance > 1e-9 * xx, (xy - x * y) / variance, self.gain)
+        self.offset = y - self.gain * x
         shape = (1, -1, 1, 1) if output.dim() == 4 else (-1,)
         fitted: Tensor = output * self.gain.to(output).view(shape) + self.offset.to(output).view(shape)
         return fitted
@@ -101,8 +97,7 @@ class _Fit:
     def _set(self, gain: Tensor, offset: Tensor) -> None:
         with torch.no_grad():
             self.module.weight.copy_(gain)
-            if self.offset_too:
-                self.module.bias.copy_(offset)
+            self.module.bias.copy_(offset)
 
 
 def _rows(activation: Tensor, mask: Tensor | None) -> Tensor:

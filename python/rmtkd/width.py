@@ -45,8 +45,8 @@ def narrow(
         widths: by `Group.width`, as in a plan; a width that is not named stays.
         covariances: (d, d) second moments, not centred, by `Group.name`.
         config: `neurons` is read.
-        calibration: batches on which gains and offsets of norm layers are fitted, 4,096 rows at most. Without it they
-            follow from the projection alone, which costs accuracy before distillation.
+        calibration: batches on which gains and offsets of layer norms and batch norms are fitted, 4,096 rows. Without
+            it they follow from the projection alone, which is worse before distillation. Llama makes no use of it.
 
     Returns:
         A model on the same device, in the same dtype and mode.

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 from transformers import AutoModel, BertConfig, BertModel
 
 from rmtkd import width
 from rmtkd.calibration import calibrate
 from rmtkd.config import Config
-from rmtkd.errors import ModelError, PlanError
+from rmtkd.errors import CalibrationError, ModelError, PlanError
+from rmtkd.residual import layer_norm_basis
 
 VOCABULARY, HEADS, LAYERS = 50, 4, 2
 HEADED = ("BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering")
@@ -281,3 +283,40 @@ def test_models_that_cannot_be_narrowed() -> None:
         width.groups(bert(24, 40, "BertForMaskedLM"))
     with pytest.raises(ModelError, match="cross-attention"):
         width.groups(bert(24, 40, is_decoder=True, add_cross_attention=True))
+
+
+def test_batches_that_have_been_read() -> None:
+    model = bert(24, 40)
+    with pytest.raises(CalibrationError, match="iterator"):
+        width.narrow(model, {"hidden_size": 16}, moments(model), Config(), iter([]))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_first_gains_are_the_regression_of_each_axis() -> None:
+    """The embeddings' norm comes first: nothing before it depends on the fit."""
+    model = bert(24, 40)
+    found, widths = moments(model), {"hidden_size": 12}
+    basis = layer_norm_basis(found["residual"], 12).float()
+    narrow = width.narrow(model, widths, found, Config(), batches())
+    inputs, targets = [], []
+    for batch in batches():
+        mask = batch["attention_mask"] != 0
+        with torch.no_grad():
+            tables = narrow.embeddings
+            positions = tables.position_embeddings.weight[: mask.shape[1]] + tables.token_type_embeddings.weight[0]
+            inputs.append((tables.word_embeddings(batch["input_ids"]) + positions)[mask])
+            targets.append(model.embeddings(batch["input_ids"])[mask] @ basis)
+    rows, target = layer_norm(torch.cat(inputs), (12,)), torch.cat(targets)
+    norm = narrow.embeddings.LayerNorm
+    for axis in range(12):
+        design = torch.stack((rows[:, axis], torch.ones(len(rows))), 1)
+        gain, offset = torch.linalg.lstsq(design, target[:, axis, None]).solution.flatten()
+        assert abs(gain - norm.weight[axis]) < 1e-4 and abs(offset - norm.bias[axis]) < 1e-4
+
+
+def test_a_float64_model_is_fitted_as_well() -> None:
+    model = bert(24, 40).double()
+    found = moments(model)
+    single = width.narrow(copy.deepcopy(model).float(), {"hidden_size": 16}, found, Config(), batches())
+    double = width.narrow(model, {"hidden_size": 16}, found, Config(), batches())
+    torch.testing.assert_close(outputs(double).float(), outputs(single), rtol=0, atol=1e-3)
