@@ -24,9 +24,8 @@ from rmtkd.width_parts import (
     write,
 )
 
-POOLED = ("BertForSequenceClassification", "BertForMultipleChoice")
 PER_TOKEN = ("BertForTokenClassification", "BertForQuestionAnswering")
-CLASSES = ("BertModel", *POOLED, *PER_TOKEN)
+CLASSES = ("BertModel", "BertForSequenceClassification", *PER_TOKEN)
 
 _RESIDUAL = "residual"
 

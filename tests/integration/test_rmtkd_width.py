@@ -117,7 +117,7 @@ def test_what_each_part_is_worth(encoder: Encoder, tmp_path: Path) -> None:
     assert best.error < 0.8 and best.cosine > 0.62
     assert best.error < closed.error - 0.03 and best.cosine > closed.cosine + 0.03
     assert best.error < literal.error - 0.1 and best.cosine > literal.cosine + 0.1
-    assert best.agreement > random.agreement + 0.1 and best.cosine > random.cosine + 0.4
+    assert best.agreement > random.agreement + 0.25 and best.cosine > random.cosine + 0.4
 
     from transformers import AutoModel
 
@@ -145,7 +145,7 @@ def test_a_language_model_a_sixth_narrower() -> None:
     wide_perplexity, narrow_perplexity = perplexity(model, windows[:3]), perplexity(narrow, windows[:3])
     print(f"perplexity {wide_perplexity:.2f}, narrowed {narrow_perplexity:.2f}")
     assert narrow.lm_head.weight is narrow.model.embed_tokens.weight
-    assert wide_perplexity < narrow_perplexity < 5 * wide_perplexity
+    assert wide_perplexity < narrow_perplexity < 3 * wide_perplexity
 
 
 def perplexity(model: Any, windows: list[Tensor]) -> float:
