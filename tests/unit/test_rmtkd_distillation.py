@@ -322,6 +322,8 @@ def test_equal_runs_are_equal_to_the_bit_and_leave_random_states_alone() -> None
         results.append(bits(distill(student, teacher, loader, config, progress=False)))
         assert random_states(own) == states
     assert same(results[2], results[3])
+    other = DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(8))  # type: ignore[arg-type]
+    assert same(results[0], bits(distill(Plain(0), teacher, other, config, progress=False)))
     assert same(results[0], results[1])
     assert not same(results[0], bits(distill(Plain(0), teacher, own, replace(config, seed=4), progress=False)))
 
