@@ -22,7 +22,7 @@ from rmtkd.distillation import distill, train
 from rmtkd.planning import plan
 
 RESULT = texts.ROOT / "bench" / "results" / "rmtkd-resnet.json"
-QUANTILES = (0.2, 0.45, 0.6)
+QUANTILES = (0.25, 0.45, 0.6)
 WIDTHS = (16, 32, 64)
 
 

@@ -1,7 +1,7 @@
 """`python -m bench.experiments.rmtkd_tables [--write FILE]`: tables from the committed results of RMT-KD's experiments.
 
 With `--write` each table replaces what stands between its two comments in a Markdown file:
-`<!-- begin: NAME (from bench/results/rmtkd-NAME.json) -->` and `<!-- end: NAME -->`.
+`<!-- begin: NAME (bench/results/rmtkd-NAME.json) -->` and `<!-- end: NAME -->`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from bench.experiments.rmtkd_units import write_whole
 
 RESULTS = texts.ROOT / "bench" / "results"
 Unit = dict[str, Any]
+RULES = ("median", "trace", "fit", "spikes")
 
 
 def classification(report: dict[str, Any]) -> str:
@@ -77,30 +78,33 @@ def language(report: dict[str, Any]) -> str:
 
 
 def quantile(report: dict[str, Any]) -> str:
-    """A row per group: shares of directions kept by every rule."""
+    """A row per kind of group: the median share of directions that every rule keeps."""
     lines: list[str] = []
     for unit in report["units"]:
-        groups = unit["figures"]["groups"]
-        quantiles = list(next(iter(groups.values()))["above the edge"])
+        kinds: dict[str, list[Unit]] = {}
+        for name, found in unit["figures"]["groups"].items():
+            kinds.setdefault(name.rpartition(".")[2], []).append(found)
+        quantiles = list(next(iter(kinds.values()))[0]["above the edge"])
         head = [
-            "group",
+            f"{unit['key']['model']}, groups",
             "d",
-            "n",
             "λ₊/σ²",
             *(f"τ={q}" for q in quantiles),
             "0.45, no edge",
-            "median",
-            "trace",
-            "fit",
-            "spikes",
+            *RULES,
         ]
-        lines += [f"**{unit['key']['model']}**", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for name, found in groups.items():
-            others = [found["other estimators"][method] for method in ("median", "trace", "fit")]
-            spikes = "" if found["spikes"] is None else f"{found['spikes']:.0%}"
-            shares = [*found["above the edge"].values(), found["above the quantile itself"]["0.45"], *others]
-            cells = [f"`{name}`", str(found["d"]), str(found["n"]), f"{found['edge / noise variance']:.3f}"]
-            lines.append(f"| {' | '.join([*cells, *(f'{share:.0%}' for share in shares), spikes])} |")
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name, groups in kinds.items():
+            spikes = [found["spikes"] for found in groups if found["spikes"] is not None]
+            shares = [
+                *([found["above the edge"][q] for found in groups] for q in quantiles),
+                [found["above the quantile itself"]["0.45"] for found in groups],
+                *([found["other estimators"][rule] for found in groups] for rule in RULES[:-1]),
+            ]
+            edge = np.median([found["edge / noise variance"] for found in groups])
+            cells = [f"{name} ({len(groups)})", str(groups[0]["d"]), f"{edge:.2f}"]
+            cells += [f"{np.median(share):.0%}" for share in shares]
+            lines.append(f"| {' | '.join([*cells, f'{np.median(spikes):.1%}' if spikes else ''])} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -170,12 +174,10 @@ def _seeds(units: list[Unit]) -> str:
 
 def written(text: str, name: str, table: str) -> str:
     """The text with the table between its two comments. Raises ValueError if they are not there, once each."""
-    pattern = re.compile(
-        rf"(<!-- begin: {re.escape(name)}\b[^>]*-->\n).*?(\n<!-- end: {re.escape(name)} -->)", re.DOTALL
-    )
+    pattern = re.compile(rf"(<!-- begin: {re.escape(name)}\b[^>]*-->\n).*?(<!-- end: {re.escape(name)} -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"there must be one pair of comments 'begin: {name}' and 'end: {name}'")
-    return pattern.sub(lambda found: f"{found[1]}{table}{found[2]}", text)
+    return pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
 
 
 def main() -> None:
