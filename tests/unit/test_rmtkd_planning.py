@@ -196,17 +196,21 @@ def test_layers_that_cannot_be_projected_are_named() -> None:
 # Width mode
 
 
-def test_groups_of_one_width_get_the_mean_of_their_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = plan(bert(), tokens(), Config(multiple=4, calibration_rows=400), progress=False)
+def test_groups_of_one_width_get_the_mean_of_their_ranks() -> None:
+    model = bert()
+    model.encoder.layer[1].intermediate.dense.weight.data[8:] = 0  # and so are its biases: eight neurons are left
+    planned = plan(model, tokens(), Config(multiple=4, calibration_rows=400), progress=False)
     inner = [layer for layer in planned.layers if layer.width == "intermediate_size"]
+    assert [layer.choice.support for layer in inner] == [64, 8]
     mean = sum(layer.choice.raw_rank for layer in inner) / 2
+    assert 4 * -(-max(layer.choice.raw_rank for layer in inner) // 4) > planned.widths["intermediate_size"]
     assert planned.widths["intermediate_size"] == 4 * -(-mean // 4)
     assert {layer.rank for layer in inner} == {planned.widths["intermediate_size"]}
     raw = ", ".join(str(layer.choice.raw_rank) for layer in inner)
     assert planned.reasons["intermediate_size"] == f"mean {mean:.1f} of {raw}, rounded up"
     assert f"intermediate_size: 64 → {inner[0].rank} (mean {mean:.1f} of {raw}, rounded up)" in planned.table()
     assert planned.model_milliseconds is not None and min(planned.model_milliseconds) > 0
-    config: Any = compress(bert(), planned).config
+    config: Any = compress(model, planned).config
     assert {name: getattr(config, name) for name in planned.widths} == planned.widths
 
 
