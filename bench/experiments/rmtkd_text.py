@@ -24,7 +24,8 @@ from rmtkd.config import Config
 from rmtkd.distillation import distill, train
 from rmtkd.planning import plan
 
-METHODS = ("dense, distilled", "RMT-KD", "same shape, random", "whitened SVD", "plain SVD", "slicing")
+OURS = {"RMT-KD": "leverage", "RMT-KD, literal projection": "projection"}  # how inner neurons are chosen
+METHODS = ("dense, distilled", *OURS, "same shape, random", "whitened SVD", "plain SVD", "slicing")
 
 
 class Experiment:
@@ -68,14 +69,15 @@ class Experiment:
         found: torch.Tensor = torch.load(file)
         return found
 
-    def narrowed(self) -> Any:
+    def narrowed(self, neurons: str = "leverage") -> Any:
         """RMT-KD's student before distillation, and with it the shape of all others."""
-        return kept(self.folder / f"narrowed-{self.config.quantile}", self.narrow, self.load)
+        name = f"narrowed-{self.config.quantile}" + ("" if neurons == "leverage" else f"-{neurons}")
+        return kept(self.folder / name, lambda: self.narrow(neurons), self.load)
 
-    def narrow(self) -> Any:
+    def narrow(self, neurons: str) -> Any:
         dense = self.dense()
         batches = data_text.calibration(self.task.train, self.seed)
-        made = plan(dense, batches, self.config)
+        made = plan(dense, batches, replace(self.config, neurons=neurons))
         print(made.table(), flush=True)
         return compress(dense, made, batches)
 
@@ -84,9 +86,9 @@ class Experiment:
         dense = self.dense()
         if method == "dense, distilled":
             return dense
+        if method in OURS:
+            return self.narrowed(OURS[method])
         narrowed = self.narrowed()
-        if method == "RMT-KD":
-            return narrowed
         if method == "same shape, random":
             return random_model(narrowed.config, self.seed + 1)
         total = parameters(narrowed)
@@ -112,7 +114,7 @@ class Experiment:
         rows = data_text.loader(self.task.train, self.seed + 100)
         distilled = distill(copy.deepcopy(student), teacher, rows, self.config)
         found = {"accuracy before distillation": before["accuracy"], **self.score(distilled)}
-        if method in ("RMT-KD", "same shape, random"):
+        if method == "RMT-KD":
             names = ("hidden_size", "intermediate_size", "num_attention_heads")
             found["shape"] = {name: getattr(student.config, name) for name in names}
         return found

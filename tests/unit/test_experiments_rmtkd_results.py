@@ -128,3 +128,34 @@ def test_a_table_is_written_between_its_comments() -> None:
     assert rmtkd_tables.written(text, "resnet", "| \\1 |") == want
     with pytest.raises(ValueError, match="one pair"):
         rmtkd_tables.written(text, "language", "x")
+
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = [name for name in rmtkd_tables.TABLES if (ROOT / f"bench/results/rmtkd-{name}.json").is_file()]
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_page_shows_the_committed_results(name: str) -> None:
+    page = (ROOT / "docs" / "rmtkd-results.md").read_text(encoding="utf-8")
+    report = json.loads((ROOT / f"bench/results/rmtkd-{name}.json").read_text(encoding="utf-8"))
+    assert rmtkd_tables.written(page, name, rmtkd_tables.TABLES[name](report)) == page
+
+
+def test_a_quantile_table_has_a_row_per_kind() -> None:
+    def group(kept: float, spikes: float | None) -> dict[str, object]:
+        return {
+            "d": 600,
+            "edge / noise variance": 1.5,
+            "above the edge": {"0.45": kept},
+            "above the quantile itself": {"0.45": 0.55},
+            "other estimators": {"median": 0.4, "trace": 0.1, "fit": 0.6},
+            "spikes": spikes,
+        }
+
+    groups = {"layer.0.inner": group(0.3, 0.01), "layer.1.inner": group(0.5, 0.03), "residual": group(0.2, None)}
+    units = [{"key": {"model": "m"}, "figures": {"groups": groups}}]
+    lines = rmtkd_tables.quantile({"units": units}).splitlines()
+    assert lines[2:] == [
+        "| inner (2) | 600 | 1.50 | 40% | 55% | 40% | 10% | 60% | 2.0% |",
+        "| residual (1) | 600 | 1.50 | 20% | 55% | 40% | 10% | 60% |  |",
+    ]
