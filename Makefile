@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 
 BIN := .venv/bin
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -20,7 +21,8 @@ demo: $(BUILD)
 	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo --threads 1 --picture demo-output/spectra.png
 
 test: lint $(BUILD)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not timing' --numprocesses $(JOBS) --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m timing
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ def test_scipy_is_not_imported(imports):
     assert "scipy" not in imports[0]["new"]
 
 
+@pytest.mark.timing
 def test_it_takes_60_ms(imports):
     assert not any(one["compiler"] for one in imports)
     assert statistics.median(one["ms"] for one in imports) <= 60, imports
