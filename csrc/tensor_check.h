@@ -77,6 +77,27 @@ inline PushShape check_window_push(const Tensor& ring, const Tensor& gram, const
   return {L, B, N, D, T};
 }
 
+// What spectrum_eigvalsh is given: `count` matrices of n rows. The result's shape is theirs less one n.
+struct MatrixShape {
+  int64_t n, count;
+  bool is_double;
+  std::vector<int64_t> result;
+};
+
+inline MatrixShape check_spectrum_eigvalsh(const Tensor& matrices) {
+  const int64_t rank = matrices.dim();
+  STD_TORCH_CHECK(rank >= 2 && matrices.size(-1) == matrices.size(-2),
+                  "spectrum_eigvalsh: matrices must be (..., N, N)");
+  const int64_t n = matrices.size(-1);
+  STD_TORCH_CHECK(n >= 1 && n <= kMaxWindow, "spectrum_eigvalsh: N must be 1 to ", kMaxWindow, ", got ", n);
+  const bool is_double = matrices.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(is_double || matrices.scalar_type() == ScalarType::Float, "spectrum_eigvalsh: float32 or float64");
+  check_has_data(matrices, "spectrum_eigvalsh: matrices");
+  MatrixShape shape{n, matrices.numel() / (n * n), is_double, {}};
+  for (int64_t i = 0; i + 1 < rank; ++i) shape.result.push_back(matrices.size(i));
+  return shape;
+}
+
 // Shapes of one descriptor call: `layers` x `batch` Gram matrices of `window` slots.
 struct SpectrumShape {
   int64_t layers, batch, window;
@@ -113,6 +134,31 @@ inline SpectrumShape check_spectrum_descriptors(const Tensor& descriptors, const
   check_has_data(gram, "spectrum_descriptors_: gram");
   check_has_data(seen, "spectrum_descriptors_: seen");
   return {L, B, N};
+}
+
+// The kernels' arguments for a call that check_spectrum_descriptors finds valid.
+inline DescriptorArgs descriptor_args(const Tensor& descriptors, const Tensor& eigenvalues, const Tensor& gram,
+                                      const Tensor& seen, const Tensor& laws, int64_t dim, bool center, int64_t joint,
+                                      bool normalize, int64_t noise) {
+  const SpectrumShape shape = check_spectrum_descriptors(descriptors, eigenvalues, gram, seen, laws, dim, joint, noise);
+  DescriptorArgs args;
+  args.gram = static_cast<const float*>(gram.const_data_ptr());
+  args.seen = static_cast<const int64_t*>(seen.const_data_ptr());
+  args.laws = static_cast<const double*>(laws.const_data_ptr());
+  args.descriptors = static_cast<float*>(descriptors.mutable_data_ptr());
+  args.eigenvalues = static_cast<float*>(eigenvalues.mutable_data_ptr());
+  args.seen_stride = seen.stride(0);
+  for (int i = 0; i < 2; ++i)
+    args.descriptors_stride[i] = descriptors.stride(i), args.eigenvalues_stride[i] = eigenvalues.stride(i);
+  args.layers = shape.layers;
+  args.batch = shape.batch;
+  args.window = shape.window;
+  args.dim = dim;
+  args.joint = int(joint);
+  args.noise = int(noise);
+  args.center = center;
+  args.normalize = normalize;
+  return args;
 }
 
 // Shapes of one covariance update: `rows` rows of `dim` columns.

@@ -3,26 +3,11 @@
 #pragma once
 
 #include "rmtkernels/portability.h"
+#include "rmtkernels/spectrum.h"
 
 namespace rmtkernels {
 
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
-
-struct DescriptorArgs {
-  const float* gram;    // (layers, batch, window, window)
-  const int64_t* seen;  // rows seen, one per sequence, `seen_stride` apart
-  const double* laws;   // law_table_size(window): see rmtkernels/spectrum.h
-  float* descriptors;   // [layer][sequence][descriptor]
-  float* eigenvalues;   // [layer][sequence][window], descending
-  int64_t seen_stride;
-  int64_t descriptors_stride[2];
-  int64_t eigenvalues_stride[2];
-  int64_t layers, batch, window, dim;
-  int joint;  // JointSpectrum
-  int noise;  // Noise
-  bool center;
-  bool normalize;  // rows of activations to mean square 1 first
-};
 
 // The rows of a batch that count: rows[index[k] * stride ...], unit stride within, with their weights.
 struct RowList {

@@ -57,13 +57,8 @@ void add_normalised_gram(double* a, const float* gram, const double* inverse_nor
   }
 }
 
-// Trace of the block and sum of all its entries.
-struct Sums {
-  double trace = 0, total = 0;
-};
-
-Sums gram_sums(const float* gram, int rows, int window) {
-  Sums s;
+GramSums gram_sums(const float* gram, int rows, int window) {
+  GramSums s;
   for (int i = 0; i < rows; ++i) {
     s.trace += double(gram[i * window + i]);
     f64x4 part = splat(0);
@@ -75,8 +70,8 @@ Sums gram_sums(const float* gram, int rows, int window) {
   return s;
 }
 
-Sums normalised_sums(const float* gram, const double* inverse_norm, int rows, int window) {
-  Sums s;
+GramSums normalised_sums(const float* gram, const double* inverse_norm, int rows, int window) {
+  GramSums s;
   for (int i = 0; i < rows; ++i) {
     f64x4 part = splat(0);
     int j = 0;
@@ -87,22 +82,6 @@ Sums normalised_sums(const float* gram, const double* inverse_norm, int rows, in
     s.trace += inverse_norm[i] * inverse_norm[i] * double(gram[i * window + i]);
   }
   return s;
-}
-
-// Inverse norms of the rows, times sqrt(dim): their mean square becomes 1. A zero row stays one.
-void inverse_norms(double* inverse_norm, const float* gram, int rows, int window, int64_t dim) {
-  for (int i = 0; i < rows; ++i) {
-    const double square = double(gram[i * window + i]);
-    inverse_norm[i] = square > 0 || square != square ? std::sqrt(double(dim) / square) : 0.0;
-  }
-}
-
-// Trace of the block, centred or not. Centring subtracts the mean row of the window: tr(J G J) = tr G - sum(G) / rows.
-// What centring leaves of equal rows is the rounding of G: below the resolution it is taken for the zero it stands for.
-double centred_trace(const Sums& sums, int rows, bool center) {
-  if (!std::isfinite(sums.total)) return NAN;  // what is not finite must reach the solver
-  const double centred = center && rows > 0 ? sums.trace - sums.total / rows : sums.trace;
-  return centred <= (center ? kResolution * sums.trace : 0.0) ? 0.0 : centred;
 }
 
 // G -> J G J with J = I - 11'/rows: the Gram matrix of the rows less their mean, at a cost of rows^2.
@@ -120,34 +99,23 @@ void center_gram(double* a, int rows) {
     for (int j = 0; j < rows; ++j) a[i * ld + j] += (total - mean[i]) - mean[j];
 }
 
-double log_trace(double trace, double dim) {
-  const double mean_square = trace / dim;
-  return std::log(mean_square > kSmallestTrace ? mean_square : kSmallestTrace);
-}
-
-// Share of the rows' energy that is in their mean: rows |mean|^2 / sum of |row|^2.
-double mean_share(double total, double trace, int rows) {
-  if (!(trace > 0)) return 0.0;
-  const double share = total / (rows * trace);
-  return share > 0 ? (share < 1 ? share : 1.0) : 0.0;
-}
-
 // Fills `a` with the window's Gram matrix (one layer's, or the joined one); the overlap is left to the caller.
 WindowFacts load_window(const DescriptorArgs& args, double* a, int64_t problem, int rows) {
   const int window = int(args.window);
   const int64_t size = args.window * args.window;
   const bool scaled = args.joint == kJointTrace;
-  double logs = 0, traces = 0, shares = 0, total = 0, energy = 0, weights[kTogether], inverse_norm[kMaxWindow];
+  FactSums facts;
+  double weights[kTogether], inverse_norm[kMaxWindow];
   const float* grams[kTogether];
   int count = 0;
   const int64_t first = args.joint == kPerLayer ? problem / args.batch : 0;
   const int64_t last = args.joint == kPerLayer ? first + 1 : args.layers;
   for (int64_t layer = first; layer < last; ++layer) {
     const float* gram = args.gram + (layer * args.batch + problem % args.batch) * size;
-    Sums sums = gram_sums(gram, rows, window);
+    GramSums sums = gram_sums(gram, rows, window);
     const double raw_trace = centred_trace(sums, rows, args.center);
     if (args.normalize) {
-      inverse_norms(inverse_norm, gram, rows, window, args.dim);
+      for (int i = 0; i < rows; ++i) inverse_norm[i] = inverse_rms(double(gram[i * window + i]), args.dim);
       sums = normalised_sums(gram, inverse_norm, rows, window);
     }
     const double trace = args.normalize ? centred_trace(sums, rows, args.center) : raw_trace;
@@ -155,15 +123,10 @@ WindowFacts load_window(const DescriptorArgs& args, double* a, int64_t problem, 
     if (trace != 0 && args.normalize) add_normalised_gram(a, gram, inverse_norm, weight, rows, window);
     if (trace != 0 && !args.normalize) grams[count] = gram, weights[count++] = weight;
     if (count == kTogether || layer + 1 == last) add_grams(a, grams, weights, count, rows, window), count = 0;
-    traces += raw_trace;
-    logs += log_trace(raw_trace, double(args.dim));
-    total += sums.total, energy += sums.trace;
-    shares += mean_share(sums.total, sums.trace, rows);
+    facts.add(raw_trace, sums, rows, args.dim);
   }
   if (args.center) center_gram(a, rows);
-  const double layers = double(last - first);
-  if (scaled) return {logs / layers, shares / layers, 0.0};
-  return {log_trace(traces, double(args.dim) * layers), mean_share(total, energy, rows), 0.0};
+  return facts.facts(last - first, rows, args.dim, scaled);
 }
 
 // Overlap of the window's covariance with that of its rows but the newest, from the (centred) Gram matrix a. Less the

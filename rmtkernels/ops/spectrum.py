@@ -80,7 +80,7 @@ def spectrum_eigvalsh(matrices: Tensor, *, backend: str | None = None) -> Tensor
 
     Args:
         matrices: (..., N, N) float32 or float64, N <= 128. Only the lower triangle is read.
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
 
     Returns:
         (..., N) of the input's dtype, ascending. NaN for a matrix with an entry that is not finite. No gradient.
@@ -125,7 +125,7 @@ def spectrum_descriptors(
         normalize: "rms" divides every row of activations by its root mean square first (on the Gram matrix, before
             centring), None leaves them as they are.
         noise: noise variance: "median", the median eigenvalue over the law's median, or "trace", the mean eigenvalue.
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
 
     Returns:
         descriptors (L, B, F), named by `DESCRIPTORS`, and eigenvalues (L, B, N), float32; L is 1 if joint.
@@ -214,7 +214,7 @@ def _intercepted() -> bool:
 
 @torch.library.impl("rmtkernels::spectrum_laws", "CompositeExplicitAutograd")
 def _spectrum_laws(like: Tensor, window: int, dim: int) -> Tensor:
-    return torch.tensor(law_table(window, dim), dtype=torch.float64, device=like.device)
+    return _laws(window, dim, like).clone()  # on the device: a table brought there anew would make the host wait
 
 
 def _check_descriptors(

@@ -7,20 +7,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = "csrc/cuda/sliding_window.cu"
-DRIVER = "tests/emulate/sliding_window_driver.cpp"
 PLANTED = "tests/emulate/planted_bugs.cu"
 
 COMMON = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DRMT_EMULATE", "-pthread"]
+COMMON += ["-DEMU_SHARED_MAX=101376"]  # 99 KB: the least that a shipped architecture gives a block
 INCLUDES = ["-Itests/emulate", "-Icsrc/include", "-Icsrc"]
-# Two layers in a launch: three layers then show what happens between launches.
-SMALL_LAUNCHES = "-DRMT_LAYERS_PER_LAUNCH=2"
+# Two layers or problems in a launch: three then show what happens between launches.
+SMALL_LAUNCHES = ["-DRMT_LAYERS_PER_LAUNCH=2", "-DRMT_PROBLEMS_PER_LAUNCH=2"]
 BUILDS = {
-    "plain": ["-O0", SMALL_LAUNCHES],
-    "wavefronts of 64": ["-O0", SMALL_LAUNCHES, "-DEMU_WARP=64"],
-    "thread": ["-O1", "-g1", SMALL_LAUNCHES, "-fsanitize=thread"],
-    "address": ["-O0", "-g1", SMALL_LAUNCHES, "-fsanitize=address"],
-    "memory": ["-O0", "-g1", SMALL_LAUNCHES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "plain": ["-O0", *SMALL_LAUNCHES],
+    "wavefronts of 64": ["-O0", *SMALL_LAUNCHES, "-DEMU_WARP=64"],
+    "thread": ["-O1", "-g1", *SMALL_LAUNCHES, "-fsanitize=thread"],
+    "address": ["-O0", "-g1", *SMALL_LAUNCHES, "-fsanitize=address"],
+    "memory": ["-O0", "-g1", *SMALL_LAUNCHES, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "library": ["-O2", "-shared", "-fPIC", "-ffp-contract=off"],
     "library with contraction": ["-O2", "-shared", "-fPIC", "-ffp-contract=fast", "-mfma"],
 }
@@ -34,21 +33,21 @@ class Builder:
         self.pool = ThreadPoolExecutor(2)
         self.objects: dict[tuple[str, str, Path | None], Future[Path]] = {}
 
-    def kernels(self, build: str) -> Path:
-        """The kernels as a shared library."""
-        return self._link([KERNELS], build)
+    def kernels(self, build: str, slice_name: str) -> Path:
+        """The kernels of a slice as a shared library."""
+        return self._link([f"csrc/cuda/{slice_name}.cu"], build)
 
-    def driver(self, build: str, overlay: Path | None = None) -> Path:
-        """The kernels with the C++ driver. Headers in `overlay` come before the repository's own."""
-        return self._link([KERNELS, DRIVER], build, overlay)
+    def driver(self, build: str, slice_name: str, overlay: Path | None = None) -> Path:
+        """The kernels with their C++ driver. Headers in `overlay` come before the repository's own."""
+        return self._link([f"csrc/cuda/{slice_name}.cu", f"tests/emulate/{slice_name}_driver.cpp"], build, overlay)
 
     def planted_bugs(self, build: str) -> Path:
         return self._link([PLANTED], build)
 
-    def start_driver(self, build: str, overlay: Path) -> None:
+    def start_driver(self, build: str, slice_name: str, overlay: Path) -> None:
         """Compiles in the background what driver() will want."""
-        self._object(DRIVER, build)
-        self._object(KERNELS, build, overlay)
+        self._object(f"tests/emulate/{slice_name}_driver.cpp", build)
+        self._object(f"csrc/cuda/{slice_name}.cu", build, overlay)
 
     def _object(self, source: str, build: str, overlay: Path | None = None) -> Future[Path]:
         key = (source, build, overlay)
@@ -60,7 +59,7 @@ class Builder:
         return self.objects[key]
 
     def _link(self, sources: list[str], build: str, overlay: Path | None = None) -> Path:
-        pending = [self._object(source, build, overlay if source == KERNELS else None) for source in sources]
+        pending = [self._object(source, build, overlay if source.endswith(".cu") else None) for source in sources]
         objects = [str(future.result()) for future in pending]
         output = Path(objects[0]).with_suffix(f".{len(sources)}")
         return self._run(["g++", *BUILDS[build], *objects, "-o", str(output), "-pthread"], output)

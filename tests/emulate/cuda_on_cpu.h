@@ -18,6 +18,7 @@
 #include <atomic>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <thread>
 #include <type_traits>
 
@@ -100,11 +101,17 @@ inline Block& block_in_flight(size_t worker) {
   return blocks[worker];
 }
 
+// Dynamic shared memory that a kernel may be launched with: as on a GPU 48 KB, and more when it was asked for.
+inline size_t& shared_limit(const void* kernel) {
+  static std::map<const void*, size_t> limits;
+  return limits.emplace(kernel, size_t(48) * 1024).first->second;
+}
+
 // Returns when the grid is done. One host thread at a time.
 template <class... Parameters, class... Arguments>
 void launch(dim3 grid, dim3 block_shape, size_t shared, cudaStream_t, void (*kernel)(Parameters...),
             Arguments... arguments) {
-  if (!launchable(grid, block_shape, shared)) {
+  if (!launchable(grid, block_shape, shared) || shared > shared_limit(reinterpret_cast<const void*>(kernel))) {
     last_error() = cudaErrorInvalidConfiguration;
     return;
   }
@@ -211,6 +218,16 @@ T read_modify_write(T* address, Operation operation) {
 template <class T, class V>
 T atomicAdd(T* address, V value) {
   return ::emu::read_modify_write(address, [&](T old) { return T(old + T(value)); });
+}
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  if (size_t(bytes) > EMU_SHARED_MAX) return cudaErrorInvalidValue;
+  ::emu::shared_limit(reinterpret_cast<const void*>(kernel)) = size_t(bytes);
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return ::emu::last_error().exchange(cudaSuccess); }

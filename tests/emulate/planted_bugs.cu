@@ -92,6 +92,7 @@ struct Case {
   const char* name;
   void (*kernel)(int*);
   unsigned blocks;
+  size_t shared = kThreads * sizeof(int);
 };
 
 const Case kCases[] = {{"missing_syncthreads", missing_syncthreads, 1},
@@ -106,7 +107,8 @@ const Case kCases[] = {{"missing_syncthreads", missing_syncthreads, 1},
                        {"static_overrun", static_overrun, 1},
                        {"dynamic_overrun", dynamic_overrun, 1},
                        {"unwritten_shared", unwritten_shared, 1},
-                       {"empty_grid", correct, 0}};
+                       {"empty_grid", correct, 0},
+                       {"more_shared_than_asked_for", correct, 1, 49 * 1024}};
 
 }  // namespace
 
@@ -114,7 +116,7 @@ int main(int argc, char** argv) {
   for (const Case& c : kCases) {
     if (argc != 2 || std::strcmp(argv[1], c.name) != 0) continue;
     int out[kThreads] = {};
-    RMT_LAUNCH(c.kernel, dim3(c.blocks), dim3(kThreads), kThreads * sizeof(int), nullptr, out);
+    RMT_LAUNCH(c.kernel, dim3(c.blocks), dim3(kThreads), c.shared, nullptr, out);
     if (cudaGetLastError() != cudaSuccess) return 3;
     const int expected = c.kernel == correct || c.kernel == racing_blocks ? int(c.blocks) : 1;
     for (int value : out)

@@ -101,7 +101,7 @@ class Windows:
 
 @pytest.fixture(scope="module")
 def library(builder) -> ctypes.CDLL:
-    return ctypes.CDLL(str(builder.kernels("library")))
+    return ctypes.CDLL(str(builder.kernels("library", "sliding_window")))
 
 
 def random_rows(dtype: str, layers: int, batch: int, steps: int, dim: int, seed: int = 0) -> list[np.ndarray]:
@@ -209,7 +209,7 @@ def test_bits_do_not_depend_on_schedule_contraction_or_company(builder, library,
     windows = Windows(library, dtype, 3, 2, 5, 264)
     windows.push(rows)
 
-    contracted = ctypes.CDLL(str(builder.kernels("library with contraction")))
+    contracted = ctypes.CDLL(str(builder.kernels("library with contraction", "sliding_window")))
     for schedule, code in itertools.product(SCHEDULES, (library, contracted)):
         monkeypatch.setenv("EMU_SCHED", schedule)
         again = Windows(code, dtype, 3, 2, 5, 264)
@@ -241,12 +241,12 @@ def run(program: Path, workers: int) -> None:
 
 @pytest.mark.parametrize("blocks_in_flight", [1, 2])
 def test_thread_sanitizer_is_silent(builder, blocks_in_flight: int) -> None:
-    run(builder.driver("thread"), blocks_in_flight)
+    run(builder.driver("thread", "sliding_window"), blocks_in_flight)
 
 
 def test_address_and_undefined_behaviour_sanitizers_are_silent(builder) -> None:
-    run(builder.driver("memory"), 1)
+    run(builder.driver("memory", "sliding_window"), 1)
 
 
 def test_wavefronts_of_64_lanes(builder) -> None:
-    run(builder.driver("wavefronts of 64"), 1)
+    run(builder.driver("wavefronts of 64", "sliding_window"), 1)

@@ -18,6 +18,8 @@
 #define cudaSuccess hipSuccess
 #define cudaErrorInvalidValue hipErrorInvalidValue
 #define cudaErrorInvalidConfiguration hipErrorInvalidConfiguration
+#define cudaFuncAttributeMaxDynamicSharedMemorySize hipFuncAttributeMaxDynamicSharedMemorySize
+#define cudaFuncSetAttribute hipFuncSetAttribute
 #define cudaGetLastError hipGetLastError
 #define cudaGetErrorString hipGetErrorString
 #ifndef RMT_WARP_SIZE

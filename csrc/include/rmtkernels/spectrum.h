@@ -50,6 +50,23 @@ enum Noise : int {
   kNoiseTrace = 1    // mean eigenvalue
 };
 
+// One call: a problem is a layer of a sequence, or a sequence alone if its layers are joined.
+struct DescriptorArgs {
+  const float* gram;    // (layers, batch, window, window)
+  const int64_t* seen;  // rows seen, one per sequence, `seen_stride` apart
+  const double* laws;   // law_table_size(window): described below
+  float* descriptors;   // [layer][sequence][descriptor]
+  float* eigenvalues;   // [layer][sequence][window], descending
+  int64_t seen_stride;
+  int64_t descriptors_stride[2];
+  int64_t eigenvalues_stride[2];
+  int64_t layers, batch, window, dim;
+  int joint;  // JointSpectrum
+  int noise;  // Noise
+  bool center;
+  bool normalize;  // rows of activations to mean square 1 first
+};
+
 // The table of laws that rmtkernels/ops/law_table.py makes for one window and width: first ln survival of Tracy-Widom
 // at kTracyWidomStart + i kTracyWidomStep, then for n = 0 .. window eigenvalues a row of
 //   median of the Marchenko-Pastur law | centre and scale of D lambda_1 | ln of the law's histogram | its cell means.
@@ -118,54 +135,133 @@ RMT_HD double tracy_widom_log_survival(const double* table, double s) {
   return -y[0] * b * c * d / 6 + y[1] * a * c * d / 2 - y[2] * a * b * d / 2 + y[3] * a * b * c / 6;
 }
 
-// Sums over the spectrum of one window that has energy: p_i = lambda_i / trace.
-struct Moments {
-  double entropy = 0, squares = 0, cubes = 0, enrichment = 0;  // sums of -p ln p, p^2, (n p - 1)^3, cumulated p
+// Trace of the block of a Gram matrix that is in use, and sum of all its entries.
+struct GramSums {
+  double trace = 0, total = 0;
 };
 
-RMT_HD Moments spectral_moments(const double* lambda, int n, double trace, double* log_share) {
-  Moments m;
-  double cumulated = 0;
-  for (int i = 0; i < n; ++i) {
-    const double p = lambda[i] / trace, deviation = n * p - 1.0;
-    log_share[i] = p > 0 ? std::log(p) : -1e3;  // zero: below every bin
-    m.entropy -= p > 0 ? p * log_share[i] : 0.0;
-    m.squares += p * p;
-    m.cubes += deviation * deviation * deviation;
-    m.enrichment += cumulated += p;
-  }
-  return m;
+RMT_HD bool is_finite(double x) { return x - x == 0; }
+
+// Trace of the block, centred or not. Centring subtracts the mean row of the window: tr(J G J) = tr G - sum(G) / rows.
+// What centring leaves of equal rows is the rounding of G: below the resolution it is taken for the zero it stands for.
+RMT_HD double centred_trace(const GramSums& sums, int rows, bool center) {
+  if (!is_finite(sums.total)) return NAN;  // what is not finite must reach the solver
+  const double centred = center && rows > 0 ? sums.trace - sums.total / rows : sums.trace;
+  return centred <= (center ? kResolution * sums.trace : 0.0) ? 0.0 : centred;
 }
 
-// Kullback-Leibler divergence of the histogram of ln x_i, i < rank, from the law's. Continuous: a value's mass is
-// shared between the two points it lies between.
-RMT_HD double histogram_divergence(const double* log_share, double log_scale, int rank, const double* log_law) {
-  double mass[kBins] = {};
-  for (int i = 0; i < rank; ++i) {
-    double position = (log_share[i] + log_scale - kBinStart) / kBinStep;
-    position = position > 0 ? (position < kBins - 1 ? position : kBins - 1) : 0;
-    const int bin = position < kBins - 2 ? int(position) : kBins - 2;
-    mass[bin] += 1.0 - (position - bin);
-    mass[bin + 1] += position - bin;
-  }
-  double divergence = 0;
-  for (int k = 0; k < kBins; ++k)
-    if (mass[k] > 0) divergence += mass[k] / rank * (std::log(mass[k] / rank) - log_law[k]);
-  return divergence;
+// What the rows of activations of one layer are multiplied by so that their mean square is 1. A zero row stays one.
+RMT_HD double inverse_rms(double square, int64_t dim) {
+  return square > 0 || square != square ? std::sqrt(double(dim) / square) : 0.0;
 }
 
-// Wasserstein-1 distance, in units of sigma^2, of the eigenvalues that are not structurally zero from the law's means
-// over as many cells of equal mass.
-RMT_HD double wasserstein(const double* lambda, double variance, int rank, const double* cells) {
-  double distance = 0;
-  for (int i = 0; i < rank; ++i) distance += std::fabs(lambda[i] / variance - cells[i]);
-  return distance / rank;
+RMT_HD double log_trace(double trace, double dim) {
+  const double mean_square = trace / dim;
+  return std::log(mean_square > kSmallestTrace ? mean_square : kSmallestTrace);
+}
+
+// Share of the rows' energy that is in their mean: rows |mean|^2 / sum of |row|^2.
+RMT_HD double mean_share(const GramSums& sums, int rows) {
+  if (!(sums.trace > 0)) return 0.0;
+  const double share = sums.total / (rows * sums.trace);
+  return share > 0 ? (share < 1 ? share : 1.0) : 0.0;
 }
 
 // What the eigenvalues do not know: they are those of a window that was centred and perhaps scaled.
 struct WindowFacts {
   double log_trace, mean_share, overlap;
 };
+
+// Gathers the facts over the layers that make one spectrum.
+struct FactSums {
+  double logs = 0, traces = 0, shares = 0;
+  GramSums sums;
+
+  RMT_HD void add(double raw_trace, const GramSums& layer, int rows, int64_t dim) {
+    traces += raw_trace;
+    logs += rmtkernels::log_trace(raw_trace, double(dim));
+    sums.total += layer.total, sums.trace += layer.trace;
+    shares += rmtkernels::mean_share(layer, rows);
+  }
+
+  RMT_HD WindowFacts facts(int64_t layers, int rows, int64_t dim, bool scaled) const {
+    if (scaled) return {logs / double(layers), shares / double(layers), 0.0};
+    return {rmtkernels::log_trace(traces, double(dim) * double(layers)), rmtkernels::mean_share(sums, rows), 0.0};
+  }
+};
+
+// Memory that the descriptors of one window are worked out in.
+struct DescriptorScratch {
+  double* log_share;  // kMaxWindow
+  double* mass;       // kBins
+};
+
+// Place of a value of given logarithm among the points of the histogram.
+RMT_HD double histogram_position(double log_value) {
+  const double position = (log_value - kBinStart) / kBinStep;
+  return position > 0 ? (position < kBins - 1 ? position : kBins - 1) : 0;
+}
+RMT_HD int histogram_bin(double position) { return position < kBins - 2 ? int(position) : kBins - 2; }
+
+// Who works the descriptors out: one thread here, the lanes of a warp in spectrum.cuh. Member `rank` of `size` takes
+// every size-th value, sum() adds up what the members have and tells all, and wait() lets all see what each has
+// written.
+struct OneThread {
+  static constexpr int size = 1, rank = 0;
+  RMT_HD double sum(double x) const { return x; }
+  RMT_HD void wait() const {}
+
+  // A value's mass is shared between the two points it lies between.
+  RMT_HD void histogram(const double* log_share, double log_scale, int count, double* mass) const {
+    for (int k = 0; k < kBins; ++k) mass[k] = 0;
+    for (int i = 0; i < count; ++i) {
+      const double position = histogram_position(log_share[i] + log_scale);
+      const int bin = histogram_bin(position);
+      mass[bin] += 1.0 - (position - bin);
+      mass[bin + 1] += position - bin;
+    }
+  }
+};
+
+// Sums over the spectrum of one window that has energy: p_i = lambda_i / trace.
+struct Moments {
+  double entropy = 0, squares = 0, cubes = 0, enrichment = 0;  // sums of -p ln p, p^2, (n p - 1)^3, cumulated p
+};
+
+template <class Team>
+RMT_HD Moments spectral_moments(const Team& team, const double* lambda, int n, double trace, double* log_share) {
+  Moments m;
+  for (int i = team.rank; i < n; i += team.size) {
+    const double p = lambda[i] / trace, deviation = n * p - 1.0;
+    log_share[i] = p > 0 ? std::log(p) : -1e3;  // zero: below every bin
+    m.entropy -= p > 0 ? p * log_share[i] : 0.0;
+    m.squares += p * p;
+    m.cubes += deviation * deviation * deviation;
+    m.enrichment += (n - i) * p;  // the share p_i is in n - i of the cumulated shares
+  }
+  team.wait();
+  return {team.sum(m.entropy), team.sum(m.squares), team.sum(m.cubes), team.sum(m.enrichment)};
+}
+
+// Kullback-Leibler divergence of the histogram of ln x_i, i < rank, from the law's. Continuous, as the histogram is.
+template <class Team>
+RMT_HD double histogram_divergence(const Team& team, const DescriptorScratch& scratch, double log_scale, int rank,
+                                   const double* log_law) {
+  team.histogram(scratch.log_share, log_scale, rank, scratch.mass);
+  double divergence = 0;
+  for (int k = team.rank; k < kBins; k += team.size)
+    if (scratch.mass[k] > 0) divergence += scratch.mass[k] / rank * (std::log(scratch.mass[k] / rank) - log_law[k]);
+  return team.sum(divergence);
+}
+
+// Wasserstein-1 distance, in units of sigma^2, of the eigenvalues that are not structurally zero from the law's means
+// over as many cells of equal mass.
+template <class Team>
+RMT_HD double wasserstein(const Team& team, const double* lambda, double variance, int rank, const double* cells) {
+  double distance = 0;
+  for (int i = team.rank; i < rank; i += team.size) distance += std::fabs(lambda[i] / variance - cells[i]);
+  return team.sum(distance) / rank;
+}
 
 RMT_HD void empty_descriptors(const WindowFacts& facts, float* out) {
   for (int i = 0; i < kDescriptors; ++i) out[i] = 0.0f;
@@ -181,34 +277,50 @@ RMT_HD double noise_variance(const double* lambda, int n, int64_t dim, int noise
   return variance > floor ? variance : floor;
 }
 
-// All descriptors of n eigenvalues in descending order, none negative. An absent eigenvalue has share 0 and ratio 1; a
-// window without energy has ratios 1 and 0 for all else but the facts. `table` is described above.
-RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, int64_t window, int noise,
-                                 const double* table, const WindowFacts& facts, float* out) {
-  double trace = 0;
-  for (int i = 0; i < n; ++i) trace += lambda[i];
-  if (!(trace > 0)) return empty_descriptors(facts, out);
+// Shares and ratios of the leading eigenvalues.
+template <class Team>
+RMT_HD void leading_descriptors(const Team& team, const double* lambda, int n, double trace, float* out) {
   const double floor = kResolution * lambda[0];
   double top = 0;
-  for (int i = 0; i < kLeading; ++i) {
+  for (int i = team.rank; i < kLeading; i += team.size) {
     const double here = i < n ? lambda[i] : 0.0, next = i + 1 < n ? lambda[i + 1] : 0.0;
     out[kShare + i] = float(here / trace);
     top += here / trace;
     if (i + 1 < kLeading)
       out[kRatio + i] = i + 1 >= n ? 1.0f : float((here > floor ? here : floor) / (next > floor ? next : floor));
   }
-  double log_share[kMaxWindow];
-  const Moments m = spectral_moments(lambda, n, trace, log_share);
+  top = team.sum(top);
+  if (team.rank == 0) out[kShareTop5] = float(top);
+}
+
+// All descriptors of n eigenvalues in descending order, none negative. An absent eigenvalue has share 0 and ratio 1; a
+// window without energy has ratios 1 and 0 for all else but the facts. `table` is described above.
+template <class Team>
+RMT_HD void spectral_descriptors(const Team& team, const DescriptorScratch& scratch, const double* lambda, int n,
+                                 int64_t dim, int64_t window, int noise, const double* table, const WindowFacts& facts,
+                                 float* out) {
+  double trace = 0;
+  for (int i = team.rank; i < n; i += team.size) trace += lambda[i];
+  trace = team.sum(trace);
+  if (!(trace > 0)) {
+    if (team.rank == 0) empty_descriptors(facts, out);
+    return;
+  }
+  leading_descriptors(team, lambda, n, trace, out);
+  const Moments m = spectral_moments(team, lambda, n, trace, scratch.log_share);
   const double* law = law_row(table, n, window);
   const int rank = spectral_rank(n, dim);
   const double variance = noise_variance(lambda, n, dim, noise, trace, law);
-  const double middle = median(lambda, rank), spread = n * m.squares - 1.0;
+  const double divergence = histogram_divergence(team, scratch, std::log(trace / variance), rank, law + kLawBins);
+  const double distance = wasserstein(team, lambda, variance, rank, law + kLawCells);
+  const double edge = upper_edge(variance, n, dim);
+  double above = 0;
+  for (int i = team.rank; i < n; i += team.size) above += lambda[i] > edge;
+  above = team.sum(above);
+  if (team.rank != 0) return;
+  const double floor = kResolution * lambda[0], middle = median(lambda, rank), spread = n * m.squares - 1.0;
   const double regular = (spread > 0 ? spread : 0.0) + kResolution * kResolution;
   const double statistic = (double(dim) * lambda[0] / variance - law[kLawCenter]) / law[kLawScale];
-  const double edge = upper_edge(variance, n, dim);
-  int above = 0;
-  for (int i = 0; i < n; ++i) above += lambda[i] > edge;
-  out[kShareTop5] = float(top);
   out[kLogTrace] = float(facts.log_trace);
   out[kMeanShare] = float(facts.mean_share);
   out[kEntropy] = float(m.entropy);
@@ -217,12 +329,19 @@ RMT_HD void spectral_descriptors(const double* lambda, int n, int64_t dim, int64
   out[kSkewness] = float(m.cubes / n / (regular * std::sqrt(regular)));
   out[kLogMedian] = float(std::log((middle > floor ? middle : floor) / trace * n));
   out[kEarlyEnrichment] = float((2.0 * m.enrichment - (n + 1)) / n);
-  out[kMpKl] = float(histogram_divergence(log_share, std::log(trace / variance), rank, law + kLawBins));
-  out[kMpWasserstein] = float(std::log1p(wasserstein(lambda, variance, rank, law + kLawCells)));
+  out[kMpKl] = float(divergence);
+  out[kMpWasserstein] = float(std::log1p(distance));
   out[kTracyWidom] = float(std::asinh(statistic));
   out[kTracyWidomLogSurvival] = float(tracy_widom_log_survival(table, statistic));
   out[kOverlap] = float(facts.overlap);
   out[kAboveEdge] = float(above);
+}
+
+// The same by one thread, with memory of its own.
+inline void spectral_descriptors(const double* lambda, int n, int64_t dim, int64_t window, int noise,
+                                 const double* table, const WindowFacts& facts, float* out) {
+  double log_share[kMaxWindow], mass[kBins];
+  spectral_descriptors(OneThread(), {log_share, mass}, lambda, n, dim, window, noise, table, facts, out);
 }
 
 }  // namespace RMT_ISA
