@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = "csrc/cuda/sliding_window.cu"
-DRIVER = "tests/emulate/sliding_window_driver.cpp"
+SLIDING_WINDOW = "sliding_window"
 PLANTED = "tests/emulate/planted_bugs.cu"
 
 COMMON = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DRMT_EMULATE", "-pthread"]
@@ -34,21 +33,21 @@ class Builder:
         self.pool = ThreadPoolExecutor(2)
         self.objects: dict[tuple[str, str, Path | None], Future[Path]] = {}
 
-    def kernels(self, build: str) -> Path:
-        """The kernels as a shared library."""
-        return self._link([KERNELS], build)
+    def kernels(self, build: str, of: str = SLIDING_WINDOW) -> Path:
+        """The kernels of a slice as a shared library."""
+        return self._link([f"csrc/cuda/{of}.cu"], build)
 
-    def driver(self, build: str, overlay: Path | None = None) -> Path:
-        """The kernels with the C++ driver. Headers in `overlay` come before the repository's own."""
-        return self._link([KERNELS, DRIVER], build, overlay)
+    def driver(self, build: str, overlay: Path | None = None, of: str = SLIDING_WINDOW) -> Path:
+        """The kernels with their C++ driver. Headers in `overlay` come before the repository's own."""
+        return self._link([f"csrc/cuda/{of}.cu", f"tests/emulate/{of}_driver.cpp"], build, overlay)
 
     def planted_bugs(self, build: str) -> Path:
         return self._link([PLANTED], build)
 
-    def start_driver(self, build: str, overlay: Path) -> None:
+    def start_driver(self, build: str, overlay: Path, of: str = SLIDING_WINDOW) -> None:
         """Compiles in the background what driver() will want."""
-        self._object(DRIVER, build)
-        self._object(KERNELS, build, overlay)
+        self._object(f"tests/emulate/{of}_driver.cpp", build)
+        self._object(f"csrc/cuda/{of}.cu", build, overlay)
 
     def _object(self, source: str, build: str, overlay: Path | None = None) -> Future[Path]:
         key = (source, build, overlay)
@@ -60,7 +59,7 @@ class Builder:
         return self.objects[key]
 
     def _link(self, sources: list[str], build: str, overlay: Path | None = None) -> Path:
-        pending = [self._object(source, build, overlay if source == KERNELS else None) for source in sources]
+        pending = [self._object(source, build, overlay if source.endswith(".cu") else None) for source in sources]
         objects = [str(future.result()) for future in pending]
         output = Path(objects[0]).with_suffix(f".{len(sources)}")
         return self._run(["g++", *BUILDS[build], *objects, "-o", str(output), "-pthread"], output)
