@@ -87,6 +87,11 @@ def cpu_is_automatic(operator: str) -> bool:
     return _forced[-1][0] is None and _status(operator, "cpu") == "available"
 
 
+def has_kernel(operator: str, device_type: str) -> bool:
+    """Whether there is a compiled kernel for tensors on such a device, and it can run here."""
+    return _status(operator, device_type) == "available"
+
+
 def select(operator: str, device: torch.device, backend: str | None = None) -> str:
     """The backend that `operator` uses for tensors on `device`.
 

@@ -31,23 +31,23 @@ class Handle {
   Sizes sizes() const {
     int64_t* sizes;
     int64_t dims;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor_, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor_, &dims));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor_, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor_, &dims));
     return Sizes(sizes, size_t(dims));
   }
   int32_t dtype() const {
     int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor_, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor_, &dtype));
     return dtype;
   }
   const void* const_data() const {
     const void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor_, &data));
     return data;
   }
   void* mutable_data() const {
     void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor_, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor_, &data));
     return data;
   }
 
@@ -102,8 +102,8 @@ AtenTensorHandle empty_result(const Shape& s) {
   }
   const int32_t dtype = s.type == DType::kFloat32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dims), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dims), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &out));
   return out;
 }
 
@@ -112,10 +112,10 @@ const void* dense(const Handle& t, int64_t numel, std::optional<Tensor>& copy) {
   const void* const data = t.const_data();
   STD_TORCH_CHECK(data != nullptr || numel == 0, "lowrank_linear: an argument has a shape but no memory");
   bool contiguous;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t.get(), &contiguous));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t.get(), &contiguous));
   if (contiguous) return data;
   AtenTensorHandle same;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &same));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &same));
   copy = torch::stable::contiguous(Tensor(same));
   return copy->const_data_ptr();
 }

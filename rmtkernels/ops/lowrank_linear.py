@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from rmtkernels._library import LIBRARY, define
-from rmtkernels.dispatch import choice, cpu_is_automatic, select
-from rmtkernels.errors import DeviceError, DtypeError, ShapeError
+from rmtkernels.dispatch import choice, cpu_is_automatic, has_kernel, select
+from rmtkernels.errors import BackendError, DeviceError, DtypeError, ShapeError
 from rmtkernels.reference.lowrank_linear import lowrank_linear_ref
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -18,6 +18,8 @@ OTHER_DTYPES = (torch.float64, torch.float16)
 # Beyond these PyTorch's two products are no slower: docs/conventions.md says how that was measured.
 MAX_ROWS, MAX_ELEMENTS = 16, 1024  # elements are asked for first: the width of x costs twice as much to learn
 MAX_ROWS_BFLOAT16, MAX_PRODUCTS_BFLOAT16 = 4, 2**20
+# On CUDA; where all is bfloat16 or all float16, up to two rows, or four with no more weights than this.
+MAX_ROWS_CUDA, MAX_ROWS_CUDA_HALF, MAX_WEIGHTS_CUDA_HALF = 16, 2, 2**21
 
 define("lowrank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None) -> Tensor")
 _OP = torch.ops.rmtkernels.lowrank_linear.default  # looked up once: this runs in every layer at every token
@@ -43,9 +45,10 @@ def lowrank_linear(
         down: (k, d_in) float32 or bfloat16, whichever x has. Weights that are not contiguous are copied at every call.
         up: (d_out, k) of down's dtype.
         bias: (d_out,) of down's dtype.
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice. "cuda" is the kernel for any number of
+            rows; where a derivative is wanted or autocast is on, these still are two `linear`.
 
-    All may be float64, or all float16, too; there is no kernel for these.
+    All may be float64, or all float16, too; there is no kernel for float64, and one for float16 on CUDA only.
 
     Returns:
         (..., d_out) of x's dtype. The kernel keeps the intermediate values in float32, sums in float32, and gives a row
@@ -53,22 +56,31 @@ def lowrank_linear(
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments.
-        BackendError: if `backend` is missing.
+        BackendError: if `backend` is missing, or is "cuda" and the tensors are float64.
 
     Source: the projected layers of RMT-KD; the operator is ours.
     """
     compute: Callable[..., Tensor]
+    any_size = False
     if backend is None and x.is_cpu and cpu_is_automatic("lowrank_linear"):
         compute = _OP
     elif choice(backend) is None and not x.is_cpu:
-        compute = _two_products
+        compute = _OP if x.is_cuda and has_kernel("lowrank_linear", "cuda") else _two_products
     else:
-        compute = _reference if select("lowrank_linear", x.device, backend) == "reference" else _OP
+        selected = select("lowrank_linear", x.device, backend)
+        compute = _reference if selected == "reference" else _OP
+        any_size = selected == "cuda"
+        if any_size and x.dtype is torch.float64:
+            raise BackendError("lowrank_linear: backend 'cuda' was asked for: it has no kernel for float64")
     try:
         if compute is _OP and (
             (torch.is_grad_enabled() and _requires_grad(x, down, up, bias))
             or forward_ad._current_level >= 0
-            or ((x.numel() > MAX_ELEMENTS or x.dtype is not torch.float32) and _is_for_two_products(x, down, up))
+            or (
+                (x.numel() > MAX_ELEMENTS or x.dtype is not torch.float32)
+                and not any_size
+                and _is_for_two_products(x, down, up)
+            )
         ):
             compute = _two_products
         return compute(x, down, up, bias)
@@ -83,6 +95,8 @@ def _requires_grad(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> 
 
 def _is_for_two_products(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether x has no kernel, or PyTorch's products are no slower; they are if they must convert the weights."""
+    if x.is_cuda:
+        return _is_for_two_products_on_cuda(x, down, up)
     if x.dtype is torch.float32:
         return down.dtype is torch.float32 and x.numel() > MAX_ROWS * x.shape[-1]
     if x.dtype is not torch.bfloat16:
@@ -92,6 +106,17 @@ def _is_for_two_products(x: Tensor, down: Tensor, up: Tensor) -> bool:
         down.dtype is torch.bfloat16
         and rows > MAX_ROWS_BFLOAT16
         and rows * (down.numel() + up.numel()) > MAX_PRODUCTS_BFLOAT16
+    )
+
+
+def _is_for_two_products_on_cuda(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    if x.dtype is torch.float64:
+        return True
+    rows = x.numel() // max(x.shape[-1], 1)
+    if x.dtype is torch.float32 or x.dtype != down.dtype:
+        return rows > MAX_ROWS_CUDA
+    return rows > MAX_ROWS_CUDA_HALF and (
+        rows > 2 * MAX_ROWS_CUDA_HALF or down.numel() + up.numel() > MAX_WEIGHTS_CUDA_HALF
     )
 
 
@@ -118,6 +143,7 @@ def _reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tens
 
 
 LIBRARY.impl("lowrank_linear", _two_products, "AutocastCPU")
+LIBRARY.impl("lowrank_linear", _two_products, "AutocastCUDA")
 
 
 @torch.library.register_vmap("rmtkernels::lowrank_linear")

@@ -1,4 +1,4 @@
-// The 16-bit floating point types as bits, and their exact conversion to float32.
+// The 16-bit floating point types as bits, their exact conversion to float32, and rounding to them.
 #pragma once
 
 #include <cstring>
@@ -17,6 +17,8 @@ struct float16 {
   uint16_t bits;
 };
 
+enum class ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
 inline namespace RMT_ISA {
 
 RMT_HD float float_from_bits(uint32_t bits) {
@@ -26,6 +28,16 @@ RMT_HD float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+#endif
+}
+
+RMT_HD uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
 #endif
 }
 
@@ -46,6 +58,31 @@ RMT_HD float to_float(float16 x) {
   const float scaled = float_from_bits(magnitude + (subnormal ? 0x38800000u : 0x38000000u)) -
                        float_from_bits(subnormal ? 0x38800000u : 0u);
   return sign ? -scaled : scaled;
+#endif
+}
+
+// To nearest, ties to even. A NaN stays one: it must not become Inf by losing its low bits.
+RMT_HD void round_to(float x, float* out) { *out = x; }
+
+RMT_HD void round_to(float x, bfloat16* out) {
+  const uint32_t bits = bits_of(x);
+  out->bits = uint16_t((x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u) >> 16);
+}
+
+RMT_HD void round_to(float x, float16* out) {
+#if defined(__CUDA_ARCH__)
+  out->bits = __half_as_ushort(__float2half_rn(x));
+#else
+  // From 2^16 on there is Inf or NaN; what lies below and rounds up carries into Inf's bits. The sum with 1/2 leaves a
+  // subnormal's mantissa, rounded.
+  const uint32_t sign = (bits_of(x) >> 16) & 0x8000u, magnitude = bits_of(x) & 0x7fffffffu;
+  if (magnitude >= 0x47800000u) {
+    out->bits = uint16_t(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
+  } else if (magnitude < 0x38800000u) {
+    out->bits = uint16_t(sign | (bits_of(float_from_bits(magnitude) + 0.5f) - 0x3f000000u));
+  } else {
+    out->bits = uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+  }
 #endif
 }
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "rmtkernels/gpu.cuh"
+#include "rmtkernels/pack.cuh"
 #include "rmtkernels/scalar.h"
 #include "rmtkernels/sliding_window.h"
 
@@ -36,13 +37,6 @@ struct LayerChunk {
   LayerRows layer[kLayersPerLaunch];
 };
 static_assert(sizeof(LayerChunk) <= 3584, "leaves room for the other kernel parameters");
-
-// 16 bytes of a row: what a lane loads at once.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T value[kSize];
-};
 
 template <class T>
 __device__ __forceinline__ bool allows_packs(const T* data, int64_t stride, int64_t dim) {
