@@ -107,15 +107,13 @@ def main() -> None:
     data = prepared(arguments.set, arguments.cache)
     path = result_path(f"tried-{arguments.set}")
     rows: dict[str, Any] = json.loads(path.read_text())["validation"] if arguments.only and path.exists() else {}
+    answers = {split: len(data.where(split)) for split in ("train", "validation")}
     for name, make in VARIANTS.items():
         if not arguments.only or name in arguments.only:
             rows[name] = judge(data, make(data))
+            ordered = {variant: rows[variant] for variant in VARIANTS if variant in rows}
+            write(path, f"tried {arguments.set}", {"answers": answers, "validation": ordered})
             print(name, rows[name], flush=True)
-    write(
-        path,
-        f"tried {arguments.set}",
-        {"answers": {split: len(data.where(split)) for split in ("train", "validation")}, "validation": rows},
-    )
 
 
 def judge(data: Data, sequences: list[Tensor]) -> dict[str, Any]:
