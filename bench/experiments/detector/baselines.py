@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.experiments.detector.data import Data
 from bench.experiments.detector.metrics import auroc
-from bench.experiments.detector.probes import Scored, best, judged, logistic, probe, probe_layers
+from bench.experiments.detector.probes import Scored, best, judged, probe, probe_layers
 from bench.experiments.detector.sets import word_overlap
 from bench.experiments.detector.vectors import lookback
 from rmtkernels import DESCRIPTORS
@@ -22,23 +22,27 @@ LAYERS = ["embedding", *(f"layer{index}" for index in range(2, 30, 3))]
 TOPS = (5, 10, 20, 50)  # eigenvalues of the attention Laplacian per head
 
 
-def all_baselines(data: Data, prompts_differ: bool = False) -> dict[str, Scored]:
+def baselines(data: Data, prompts_differ: bool = False) -> dict[str, Callable[[], Scored]]:
     """By name. Prompt-only methods where prompts differ; else they are at chance by construction."""
-    found = {"length": length(data), "words that the prompt has": shared_words(data)}
+    found: dict[str, Callable[[], Scored]] = {
+        "length": lambda: length(data),
+        "words that the prompt has": lambda: shared_words(data),
+        "mean embedding (layer 0)": lambda: _probe(data, data.mean[:, 0].numpy()),
+        "last hidden state, best layer": lambda: hidden_probe(data, data.last[:, 1:], LAYERS[1:]),
+        "mean hidden state, best layer": lambda: hidden_probe(data, data.mean[:, 1:], LAYERS[1:]),
+        "mean hidden state, all layers": lambda: _probe(data, data.mean.flatten(1).numpy()),
+        "cosine distance": lambda: distance(data, cosine),
+        "Mahalanobis distance": lambda: distance(data, mahalanobis),
+        "HaloScope": lambda: haloscope(data),
+        "LapEigvals": lambda: attention_laplacian(data),
+        "lookback ratios": lambda: lookback_ratios(data),
+        "best single descriptor": lambda: single_descriptor(data),
+        "logistic regression on averaged descriptors": lambda: _probe(data, averaged(data.descriptors)),
+    }
     if prompts_differ:
-        found["last prompt token, best layer"] = hidden_probe(data, data.prompt)
-    found["mean embedding (layer 0)"] = _probe(data, data.mean[:, 0].numpy())
-    found |= choice_scores(data)
-    found["cosine distance"] = distance(data, cosine)
-    found["Mahalanobis distance"] = distance(data, mahalanobis)
-    found["last hidden state, best layer"] = hidden_probe(data, data.last[:, 1:], LAYERS[1:])
-    found["mean hidden state, best layer"] = hidden_probe(data, data.mean[:, 1:], LAYERS[1:])
-    found["mean hidden state, all layers"] = _probe(data, data.mean.flatten(1).numpy())
-    found["HaloScope"] = haloscope(data)
-    found["LapEigvals"] = attention_laplacian(data)
-    found["lookback ratios"] = lookback_ratios(data)
-    found["best single descriptor"] = single_descriptor(data)
-    found["logistic regression on averaged descriptors"] = _probe(data, averaged(data.descriptors))
+        found["last prompt token, best layer"] = lambda: hidden_probe(data, data.prompt)
+    for name in CHOICE_SCORES:
+        found[name] = lambda name=name: choice_score(data, name)  # type: ignore[misc]
     return found
 
 
@@ -53,30 +57,30 @@ def shared_words(data: Data) -> Scored:
     return judged(values, data.labels, data.where("validation"))
 
 
-def choice_scores(data: Data) -> dict[str, Scored]:
+CHOICE_SCORES = {
+    "perplexity": (0, -1),
+    "token entropy": (1, 1),
+    "maximum softmax probability": (2, -1),
+    "energy": (3, -1),
+    "logistic regression on these four": None,
+}
+
+
+def choice_score(data: Data, name: str) -> Scored:
     """Of the distributions that chose the tokens: unsure = riskier. Which statistic of it, validation says."""
-    columns = {
-        "perplexity": (0, -1),
-        "token entropy": (1, 1),
-        "maximum softmax probability": (2, -1),
-        "energy": (3, -1),
-    }
     choices = [answer.choice.double().numpy() for answer in data.answers]
-    found = {}
-    for name, (column, sign) in columns.items():
-        rows = [sign * choice[:, column] for choice in choices]
-        statistics = {"mean": np.mean, "max": np.max, "min": np.min, "first": lambda row: row[0]}
-        found[name] = best(
-            [
-                judged(
-                    np.array([float(take(row)) for row in rows]), data.labels, data.where("validation"), statistic=kind
-                )
-                for kind, take in statistics.items()
-            ]
-        )
-    every = np.array([np.concatenate([c.mean(0), c.min(0), c.max(0), c[0], c[-1]]) for c in choices])
-    found["logistic regression on these"] = _probe(data, every)
-    return found
+    taken = CHOICE_SCORES[name]
+    if taken is None:
+        return _probe(data, np.array([np.concatenate([c.mean(0), c.min(0), c.max(0), c[0], c[-1]]) for c in choices]))
+    column, sign = taken
+    rows = [sign * choice[:, column] for choice in choices]
+    statistics = {"mean": np.mean, "max": np.max, "min": np.min, "first": lambda row: row[0]}
+    return best(
+        [
+            judged(np.array([float(take(row)) for row in rows]), data.labels, data.where("validation"), statistic=kind)
+            for kind, take in statistics.items()
+        ]
+    )
 
 
 def hidden_probe(data: Data, states: Tensor, layers: list[str] = LAYERS) -> Scored:
@@ -189,6 +193,3 @@ def averaged(sequences: list[Tensor]) -> Array:
 
 def _probe(data: Data, features: Array) -> Scored:
     return probe(features, data.labels, data.where("train"), data.where("validation"))
-
-
-__all__ = ["all_baselines", "averaged", "logistic"]

@@ -1,5 +1,6 @@
 """All methods on one set with one split: fitted on training, chosen on validation, judged on test."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.experiments.detector import early
-from bench.experiments.detector.baselines import LAYERS, all_baselines
+from bench.experiments.detector.baselines import LAYERS, baselines
 from bench.experiments.detector.data import Data
 from bench.experiments.detector.metrics import auroc, difference, summary
 from bench.experiments.detector.probes import Scored, logistic
@@ -22,9 +23,9 @@ PROBE = "mean hidden state, best layer"
 def compare(data: Data, improved: dict[str, Sequences], judge_on: str = "test", **options: bool) -> dict[str, Any]:
     """Figures by method, differences to the best probe of hidden states, and what is known how early.
 
-    `judge_on="validation"` is for trying out: the test part stays untouched. Options go to `all_baselines`.
+    `judge_on="validation"` is for trying out: the test part stays untouched. Options go to `baselines`.
     """
-    methods: dict[str, Scored] = all_baselines(data, **options)
+    methods = {name: told(name, make()) for name, make in baselines(data, **options).items()}
     runs = eigentrack_runs(data, improved)
     methods |= {name: seeds[0] for name, seeds in runs.items()}
     rows = data.where(judge_on)
@@ -51,10 +52,22 @@ def compare(data: Data, improved: dict[str, Sequences], judge_on: str = "test", 
 
 def eigentrack_runs(data: Data, improved: dict[str, Sequences]) -> dict[str, list[Tracked]]:
     """A run for each seed."""
-    sequences = {f"EigenTrack {cell.upper()}": (data.descriptors, cell) for cell in CELLS}
-    sequences["EigenTrack GRU, tokens in random order"] = (shuffled_in_time(data.descriptors), "gru")
-    sequences |= {name: (make(data), "gru") for name, make in improved.items()}
-    return {name: [track(data, rows, cell, seed) for seed in SEEDS] for name, (rows, cell) in sequences.items()}
+    sequences: dict[str, tuple[Sequences, str]] = {
+        f"EigenTrack {cell.upper()}": (lambda data: data.descriptors, cell) for cell in CELLS
+    }
+    sequences["EigenTrack GRU, tokens in random order"] = (lambda data: shuffled_in_time(data.descriptors), "gru")
+    sequences |= {name: (make, "gru") for name, make in improved.items()}
+    found = {}
+    for name, (make, cell) in sequences.items():
+        rows = make(data)
+        found[name] = [told(name, track(data, rows, cell, seed)) for seed in SEEDS]
+    return found
+
+
+def told(name: str, scored: Any) -> Any:
+    """The same; progress for who waits."""
+    print(f"{name}: {scored.validation:.3f} on validation", file=sys.stderr, flush=True)
+    return scored
 
 
 def judged(data: Data, scored: Scored, judge_on: str = "test") -> dict[str, Any]:

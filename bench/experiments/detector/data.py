@@ -86,5 +86,5 @@ def load(name: str, cache: Path | None = None) -> Data:
     described = [described[answer.row] for answer in answers]
     mean = torch.stack([answer.hidden.mean(0) for answer in answers])
     last = torch.stack([answer.hidden[-1] for answer in answers])
-    prompt = torch.stack([answer.prompt[-1].float() for answer in answers])
+    prompt = torch.stack([answer.prompt for answer in answers])
     return Data(name, folder, answers, described, mean, last, prompt)

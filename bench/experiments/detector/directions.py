@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.experiments.detector.data import Data
 from bench.experiments.detector.items import draw
+from bench.experiments.detector.probes import logistic
 from bench.experiments.detector.store import Answer
 from bench.experiments.detector.vectors import normalised
 
@@ -97,6 +99,26 @@ def of_features(data: Data, features: list[Tensor], **options: Any) -> list[Tens
     known = torch.cat([features[i] for i in data.where("train")]).double()
     centre, scale = known.mean(0), known.std(0) + 1e-6
     return directions(data, [((one - centre) / scale).clamp(-5, 5).float()[:, None] for one in features], **options)
+
+
+def probe_so_far(data: Data, strength: float = 0.01) -> list[Tensor]:
+    """(A, 1): the logistic probe of mean hidden states of all layers, on the mean of the tokens so far.
+
+    Training answers get theirs from probes of other sources.
+    """
+    means, labels = data.mean.flatten(1).numpy(), data.labels
+    train = data.where("train")
+    folds = np.full(len(data), FOLDS)
+    folds[train] = [int(draw(f"fold {data.groups[i]}") * FOLDS) for i in train]
+    found = [torch.empty(len(answer), 1) for answer in data.answers]
+    for fold in range(FOLDS + 1):
+        taught = train[folds[train] != fold]
+        fitted = logistic(strength).fit(means[taught], labels[taught])
+        for i in np.flatnonzero(folds == fold):
+            hidden = data.answers[i].hidden.flatten(1)
+            so_far = hidden.cumsum(0) / torch.arange(1, len(hidden) + 1)[:, None]
+            found[i][:, 0] = torch.from_numpy(fitted.decision_function(so_far.numpy()))
+    return found
 
 
 def discriminant(right: Moments, wrong: Moments, shrinkage: float) -> tuple[Tensor, Tensor]:

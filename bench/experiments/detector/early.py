@@ -14,9 +14,9 @@ FALSE_ALARMS = 0.05
 
 
 def threshold(risks: list[Tensor], labels: Array) -> float:
-    """That of the running maximum which a share FALSE_ALARMS of right answers exceeds."""
+    """Of the running maximum: a share FALSE_ALARMS of right answers exceeds it; none, where they are too few."""
     highest = np.sort([float(risk.max()) for risk, label in zip(risks, labels, strict=True) if not label])
-    return float(highest[int(np.ceil((1 - FALSE_ALARMS) * (len(highest) + 1))) - 1])
+    return float(highest[min(int(np.ceil((1 - FALSE_ALARMS) * (len(highest) + 1))), len(highest)) - 1])
 
 
 def stopping(risks: list[Tensor], labels: Array, level: float) -> dict[str, float]:

@@ -122,6 +122,31 @@ def strange(result: dict[str, Any]) -> str:
     return markdown(["AUROC", *comparisons], rows)
 
 
+PUBLISHED = {  # arXiv 2509.15735, tables I and II, LLaMa 1B
+    "EigenTrack GRU": "0.842",
+    "EigenTrack RNN": "0.799",
+    "EigenTrack LSTM": "0.831",
+    "EigenTrack GRU with vectors": "",
+    "LapEigvals": "0.785",
+    "HaloScope": "0.820",
+    "INSIDE": "0.753",
+    "SelfCheckGPT": "0.739",
+    "word overlap of question and passage": "",
+    "last prompt token, best layer": "",
+}
+
+
+def paper(result: dict[str, Any]) -> str:
+    """The paper's figures beside ours."""
+    rows = []
+    for name, published in PUBLISHED.items():
+        ours = [result[kind]["methods"].get(name) for kind in ("random", "matched")]
+        rows.append(
+            [name, published or "not reported", *(interval(one["auroc"]) if one else "not run" for one in ours)]
+        )
+    return markdown(["AUROC", "paper, LLaMa 1B", "here, random question", "here, matched question"], rows)
+
+
 def interval(values: list[float], sign: str = "") -> str:
     value, low, high = (f"{one:{sign}.3f}" for one in values)
     return f"{value} [{low}, {high}]"
@@ -140,6 +165,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tried": tried,
     "adds": adds,
     "strange": strange,
+    "paper": paper,
 }
 
 

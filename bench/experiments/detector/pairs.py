@@ -13,8 +13,8 @@ from bench.experiments.detector.report import counts, prepared, result_path, wri
 from bench.experiments.detector.tried import VARIANTS
 
 IMPROVED = {
-    "EigenTrack GRU with subspace of the prompt": "descriptors and subspace of the prompt",
-    "EigenTrack GRU with vectors": "directions of both, and one each for descriptors and subspaces",
+    "EigenTrack GRU with vectors": "these, and the probe of means so far",
+    "EigenTrack GRU with vectors and attention": "all of these and the probe",
 }
 
 

@@ -26,7 +26,7 @@ from bench.experiments.detector.store import Answer
 from bench.experiments.detector.tried import VARIANTS
 
 KINDS = ("random", "matched")
-IMPROVED = {"EigenTrack GRU with vectors": "directions of both, and one each for descriptors and subspaces"}
+IMPROVED = {"EigenTrack GRU with vectors": "these, and the probe of means so far"}
 
 
 def main() -> None:

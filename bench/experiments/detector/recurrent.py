@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.experiments.detector.data import Data
+from bench.experiments.detector.early import FALSE_ALARMS
 from bench.experiments.detector.probes import Scored, best, judged
 from eigentrack import Detector
 
@@ -39,7 +40,8 @@ def track(data: Data, sequences: list[Tensor], cell: str = "gru", seed: int = 0,
         for split in ("train", "validation")
     }
     detector.fit(*part["train"], validation=part["validation"], seed=seed, progress=False, **options)
-    detector.calibrate(*part["validation"], false_alarms=0.05)
+    right = part["validation"][1].count(0)
+    detector.calibrate(*part["validation"], false_alarms=max(FALSE_ALARMS, 1 / (right + 1)))
     risks = detector.score(sequences)
     logits = [risk.double().logit(eps=1e-7).numpy() for risk in risks]
     scored = best(

@@ -8,7 +8,7 @@ from typing import Any
 from bench.experiments.detector.items import Item, merge_groups, shuffled, split_of
 from bench.experiments.texts import rows
 
-PASSAGES = 400  # of the paper's protocol
+PASSAGES = 200  # of the paper's protocol
 DOMAINS = ("bio-medical", "education", "science")
 LENGTHS = range(5, 21)  # words of a sentence in the sets that are strange or not
 STRANGE = 250  # sentences per set

@@ -27,7 +27,7 @@ class Answer:
         tokens: (A,).
         laplacian: (blocks, heads, TOP).
         attention: (A, blocks, heads, 2) what each token pays to the first token, and to the rest of the prompt.
-        prompt: (P, layers, D) hidden states of the prompt, of root mean square 1, in half precision.
+        prompt: (layers, D) of the prompt's last token, of root mean square 1.
     """
 
     row: int
@@ -79,7 +79,7 @@ def _of_shard(
     keys, texts = json.loads(header["keys"]), json.loads(header["answers"])
     lengths = tensors["lengths"].tolist()
     rows: dict[str, Any] = {name: tensors[name].split(lengths) for name in ("hidden", "choice", "tokens", "attention")}
-    prompts = tensors["prompt"].split(tensors["prompt_lengths"].tolist())
+    prompts = tensors["prompt"][tensors["prompt_lengths"].cumsum(0) - 1].float()
     index = 0
     for key, some, prompt in zip(keys, texts, prompts, strict=True):
         for place, text in enumerate(some):

@@ -1,13 +1,12 @@
 """`python -m bench.experiments.detector.strangers`: ordinary sentences against strange ones.
 
-All are single sentences in lower case without a closing mark, read as a user's message, and both sides of a comparison
-have equally many of every length in tokens: length is at chance by construction. One-class methods know ordinary
+All are single sentences in lower case without a closing mark, read as a user's message and cut to their first eight
+tokens (shorter ones are left out): length says nothing. One-class methods know ordinary
 training texts only; supervised ones know both. Without --final the validation part stands in for the test part.
 """
 
 import argparse
 import json
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from sklearn.ensemble import IsolationForest
 
 from bench.experiments.detector.baselines import (
+    CHOICE_SCORES,
     averaged,
-    choice_scores,
+    choice_score,
     cosine,
     distance,
     hidden_probe,
@@ -28,13 +28,13 @@ from bench.experiments.detector.baselines import (
 )
 from bench.experiments.detector.comparison import judged
 from bench.experiments.detector.data import Data
-from bench.experiments.detector.items import draw
 from bench.experiments.detector.metrics import auroc
 from bench.experiments.detector.probes import Scored, probe
 from bench.experiments.detector.probes import judged as scored_on
 from bench.experiments.detector.recurrent import CELLS, SEEDS, shuffled_in_time, track
 from bench.experiments.detector.report import counts, prepared, result_path, write
 
+TOKENS = 8
 COMPARISONS = (
     ("WebQuestions", "EU law"),
     ("WebQuestions", "HaluEval questions"),
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def compare(everything: Data, ordinary: str, strange: str, judge_on: str) -> dict[str, Any]:
-    data = balanced(everything, ordinary, strange)
-    methods = {"length": length(data)} | choice_scores(data)
+    data = cut(everything, ordinary, strange)
+    methods = {"length": length(data)} | {name: choice_score(data, name) for name in CHOICE_SCORES}
     methods["cosine distance"] = distance(data, cosine)
     methods["Mahalanobis distance"] = distance(data, mahalanobis)
     methods["descriptors, isolation forest"] = isolation(data)
@@ -77,27 +77,33 @@ def compare(everything: Data, ordinary: str, strange: str, judge_on: str) -> dic
     return {"counts": counts(data), "methods": found}
 
 
-def balanced(everything: Data, ordinary: str, strange: str) -> Data:
-    """Equally many of each side in every split and length."""
-    places = defaultdict(list)
-    for index, answer in enumerate(everything.answers):
-        places[answer.item.kind, answer.split, len(answer)].append(index)
-    kept: set[int] = set()
-    for (kind, split, tokens), some in places.items():
-        if kind == ordinary:
-            others = places.get((strange, split, tokens), [])
-            for side in (some, others):
-                kept |= set(sorted(side, key=lambda i: draw(everything.keys[i]))[: min(len(some), len(others))])
-    ids = {id(everything.answers[index]) for index in kept}
-    data = everything.keep(lambda answer: id(answer) in ids)
-    return replace(data, answers=[replace(one, label=int(one.item.kind == strange)) for one in data.answers])
+def cut(everything: Data, ordinary: str, strange: str) -> Data:
+    """The first TOKENS tokens of the texts that have so many; their hidden states do not depend on what follows."""
+    data = everything.keep(lambda answer: answer.item.kind in (ordinary, strange) and len(answer) >= TOKENS)
+    answers = [
+        replace(
+            one,
+            label=int(one.item.kind == strange),
+            hidden=one.hidden[:TOKENS],
+            choice=one.choice[:TOKENS],
+            tokens=one.tokens[:TOKENS],
+        )
+        for one in data.answers
+    ]
+    return replace(
+        data,
+        answers=answers,
+        descriptors=[rows[:TOKENS] for rows in data.descriptors],
+        mean=torch.stack([one.hidden.mean(0) for one in answers]),
+        last=torch.stack([one.hidden[-1] for one in answers]),
+    )
 
 
 def isolation(data: Data) -> Scored:
     """One-class: an isolation forest on averaged descriptors of ordinary training texts."""
     features = averaged(data.descriptors)
     train = data.where("train")
-    forest = IsolationForest(300, random_state=0).fit(features[train[data.labels[train] == 0]])
+    forest = IsolationForest(n_estimators=300, random_state=0).fit(features[train[data.labels[train] == 0]])
     return scored_on(-forest.score_samples(features), data.labels, data.where("validation"))
 
 

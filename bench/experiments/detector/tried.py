@@ -61,6 +61,11 @@ def with_vectors(data: Data) -> list[Tensor]:
     return vectors.joined(of_tokens_and_means(data), summed_up(data))
 
 
+def with_probe(data: Data) -> list[Tensor]:
+    """Everything that costs some inner products per token, and no attention weights."""
+    return vectors.joined(with_vectors(data), directions.probe_so_far(data))
+
+
 def with_attention(data: Data) -> list[Tensor]:
     return vectors.joined(with_vectors(data), directions.of_features(data, vectors.lookback(data)))
 
@@ -85,8 +90,11 @@ VARIANTS: dict[str, Callable[[Data], list[Tensor]]] = {
     "one direction for layers 11 to 20": lambda data: directions.of_hidden_together(data, MIDDLE),
     "descriptors, and directions of both": lambda data: vectors.joined(data.descriptors, of_tokens_and_means(data)),
     "directions of both, and one each for descriptors and subspaces": with_vectors,
+    "probe of means so far, all layers": directions.probe_so_far,
+    "these, and the probe of means so far": with_probe,
     "lookback ratios (attention)": vectors.lookback,
     "directions, subspaces, and one direction for lookback ratios": with_attention,
+    "all of these and the probe": lambda data: vectors.joined(with_attention(data), directions.probe_so_far(data)),
 }
 
 
@@ -99,15 +107,13 @@ def main() -> None:
     data = prepared(arguments.set, arguments.cache)
     path = result_path(f"tried-{arguments.set}")
     rows: dict[str, Any] = json.loads(path.read_text())["validation"] if arguments.only and path.exists() else {}
+    answers = {split: len(data.where(split)) for split in ("train", "validation")}
     for name, make in VARIANTS.items():
         if not arguments.only or name in arguments.only:
             rows[name] = judge(data, make(data))
+            ordered = {variant: rows[variant] for variant in VARIANTS if variant in rows}
+            write(path, f"tried {arguments.set}", {"answers": answers, "validation": ordered})
             print(name, rows[name], flush=True)
-    write(
-        path,
-        f"tried {arguments.set}",
-        {"answers": {split: len(data.where(split)) for split in ("train", "validation")}, "validation": rows},
-    )
 
 
 def judge(data: Data, sequences: list[Tensor]) -> dict[str, Any]:
