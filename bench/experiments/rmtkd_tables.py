@@ -1,6 +1,6 @@
 """`python -m bench.experiments.rmtkd_tables [--write FILE]`: tables from the committed results of RMT-KD's experiments.
 
-With `--write` each table replaces what stands between its two comments in a Markdown file:
+With `--write` tables replace what stands between their two comments in a Markdown file, those that have any:
 `<!-- begin: NAME (bench/results/rmtkd-NAME.json) -->` and `<!-- end: NAME -->`.
 """
 
@@ -187,7 +187,7 @@ def main() -> None:
     text = arguments.write.read_text(encoding="utf-8") if arguments.write else ""
     for name, make in TABLES.items():
         file = RESULTS / f"rmtkd-{name}.json"
-        if not file.is_file():
+        if not file.is_file() or (arguments.write and f"<!-- begin: {name} " not in text):
             continue
         table = make(json.loads(file.read_text(encoding="utf-8")))
         if arguments.write:
