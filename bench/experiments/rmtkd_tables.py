@@ -72,7 +72,7 @@ def language(report: dict[str, Any]) -> str:
         gap = np.subtract(figures["nats per token"], dense["nats per token"])
         mean, half = over_seeds(gap.tolist())
         ratio = f"{np.exp(mean):.2f} ({np.exp(mean - half):.2f} … {np.exp(mean + half):.2f})" if half > 0 else ""
-        size = f"{figures['parameters'] / 1e6:.1f} M ({figures['parameters'] / dense['parameters'] - 1:+.1%})"
+        size = _size([unit], by_key[("dense", 1.0)])
         lines.append(f"| {method} | {size} | {figures.get('quantile', '')} | {figures['perplexity']:.2f} | {ratio} |")
     return "\n".join(lines)
 
