@@ -78,7 +78,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"rows of activations": ROWS, "encoder": "a tenth of SST-2's training sentences", **rmtkd_language.ABOUT}
+    length, windows = rmtkd_language.LENGTH, rmtkd_language.CALIBRATION
+    settings = {
+        "rows of activations": ROWS,
+        "encoder": "a tenth of SST-2's training sentences",
+        "language model": f"the first {windows} windows of {length} tokens of WikiText-2 valid",
+    }
     units = Units(arguments.json, "python -m bench.experiments.rmtkd_quantile", settings)
     units.once(encoder, model="6×384 encoder")
     units.once(language_model, model="SmolLM2-135M")

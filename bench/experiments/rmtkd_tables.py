@@ -1,6 +1,6 @@
 """`python -m bench.experiments.rmtkd_tables [--write FILE]`: tables from the committed results of RMT-KD's experiments.
 
-With `--write` each table replaces what stands between its two comments in a Markdown file:
+With `--write` tables replace what stands between their two comments in a Markdown file, those that have any:
 `<!-- begin: NAME (bench/results/rmtkd-NAME.json) -->` and `<!-- end: NAME -->`.
 """
 
@@ -72,7 +72,7 @@ def language(report: dict[str, Any]) -> str:
         gap = np.subtract(figures["nats per token"], dense["nats per token"])
         mean, half = over_seeds(gap.tolist())
         ratio = f"{np.exp(mean):.2f} ({np.exp(mean - half):.2f} … {np.exp(mean + half):.2f})" if half > 0 else ""
-        size = f"{figures['parameters'] / 1e6:.1f} M ({figures['parameters'] / dense['parameters'] - 1:+.1%})"
+        size = _size([unit], by_key[("dense", 1.0)])
         lines.append(f"| {method} | {size} | {figures.get('quantile', '')} | {figures['perplexity']:.2f} | {ratio} |")
     return "\n".join(lines)
 
@@ -187,7 +187,7 @@ def main() -> None:
     text = arguments.write.read_text(encoding="utf-8") if arguments.write else ""
     for name, make in TABLES.items():
         file = RESULTS / f"rmtkd-{name}.json"
-        if not file.is_file():
+        if not file.is_file() or (arguments.write and f"<!-- begin: {name} " not in text):
             continue
         table = make(json.loads(file.read_text(encoding="utf-8")))
         if arguments.write:
