@@ -8,6 +8,7 @@ slicing cuts the residual stream of the whole model instead, the tied embedding 
 
 import argparse
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -94,11 +95,13 @@ class Experiment:
     def rmtkd(self, side: str, share: float) -> dict[str, Any]:
         """With the smallest quantile of 0.01, 0.02, … that keeps at most this share of the parameters."""
         made = self.plan(side)
-        for step in range(1, 100):
-            found = self.at(made, step / 100)
-            if found.model_parameters[1] <= share * found.model_parameters[0]:
-                return {"quantile": step / 100, **perplexity(compress(self.model, found), self.test)}
-        raise ValueError(f"no quantile cuts to {share:.0%}")
+        quantiles = [step / 100 for step in range(1, 100)]
+        most = share * parameters(self.model)
+        place = bisect_left(quantiles, -most, key=lambda quantile: -self.at(made, quantile).model_parameters[1])
+        if place == len(quantiles):
+            raise ValueError(f"no quantile cuts to {share:.0%}")
+        found = self.at(made, quantiles[place])
+        return {"quantile": quantiles[place], **perplexity(compress(self.model, found), self.test)}
 
     def student(self, method: str, total: int) -> nn.Module:
         if method == "plain SVD":

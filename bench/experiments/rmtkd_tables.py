@@ -16,6 +16,7 @@ import numpy as np
 from bench.experiments import texts
 from bench.experiments.rmtkd_statistics import over_seeds, paired
 from bench.experiments.rmtkd_units import write_whole
+from bench.table import markdown
 
 RESULTS = texts.ROOT / "bench" / "results"
 Unit = dict[str, Any]
@@ -118,6 +119,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "resnet": curve,
     "language": language,
     "quantile": quantile,
+    "speed": markdown,
 }
 
 
