@@ -115,8 +115,8 @@ Apache-2.0.
 
 FIGURES
 
-"Stopped" is at the threshold {threshold:.3f}, which 5 % of right validation answers exceed at any of their tokens. Where
-it stops next to nothing, the risk is for looking at, and a lower threshold costs more false alarms.
+"Stopped" is at the threshold {threshold:.3f}, which 5 % of right validation answers exceed at any of their tokens.
+Where it stops next to nothing, the risk is for looking at, and a lower threshold costs more false alarms.
 
 **What the probability means.** How often an answer that looks so was given to a question that the passage does not
 answer, if half of all questions are such, and if passages, questions and prompt are like HaluEval's.
