@@ -1,5 +1,6 @@
 """Features and tables of the detector's experiments, against slow formulas and the committed results."""
 
+import json
 import re
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("sklearn")
 
-from bench.experiments.detector import directions, page, vectors
+from bench.experiments.detector import directions, page, ship, vectors
 from bench.experiments.detector.items import Item, split_of
+from bench.experiments.detector.report import result_path
 from bench.experiments.detector.store import Answer
 
 BLOCKS, HEADS, LAYERS, WIDTH = 2, 2, 2, 6
@@ -120,3 +122,9 @@ def test_the_page_s_tables_are_those_of_the_committed_results() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert len(re.findall("<!-- table: ", text)) >= 8
     assert page.filled(text) == text
+
+
+def test_the_card_is_made_from_the_committed_result() -> None:
+    written = (ship.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert written == ship.card(json.loads(result_path("shipped").read_text(encoding="utf-8")))
+    assert sum(path.stat().st_size for path in ship.FOLDER.iterdir()) < 200_000
