@@ -22,6 +22,9 @@ AVX2_FLAGS = ["-DRMT_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
 BASELINE_FLAGS = ["-DRMT_ISA=baseline", "-Wno-psabi"]
 # One binary for torch 2.10 and newer, Python 3.10 and newer
 STABLE_ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-DPy_LIMITED_API=0x030A0000"]
+# A compiler that links the C++ library statically must not export it: half of its symbols would then resolve to torch's
+# copy, and the first error message formatted with numbers would take the process down (seen with PyTorch 2.11).
+LINK_FLAGS = ["-Wl,--exclude-libs,libstdc++.a"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 
 
@@ -89,7 +92,7 @@ def host_module() -> NativeModule | None:
 
     include = Path(pybind11.get_include()).resolve()
     flags = [*CXX_FLAGS, *INCLUDES, f"-isystem{include}", _python_include()]
-    return NativeModule("_host", [Compilation(source, "cxx", flags) for source in sources], [])
+    return NativeModule("_host", [Compilation(source, "cxx", flags) for source in sources], LINK_FLAGS)
 
 
 def _torch_compile_flags(torch: TorchInstall) -> list[str]:
@@ -99,7 +102,7 @@ def _torch_compile_flags(torch: TorchInstall) -> list[str]:
 def _torch_link_flags(torch: TorchInstall) -> list[str]:
     # No rpath: torch has loaded these libraries before ours is loaded. libtorch must stay among the needed ones: under
     # a CUDA torch it brings the stream function into scope that _C_cuda refers to weakly.
-    return [f"-L{torch.lib}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", "-ltorch"]
+    return [*LINK_FLAGS, f"-L{torch.lib}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", "-ltorch"]
 
 
 def _python_include() -> str:
