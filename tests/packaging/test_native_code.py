@@ -43,3 +43,21 @@ def test_libraries_need_torch_and_know_no_path(editable, tree):
         assert "PATH" not in dynamic
         assert "libcudart" not in dynamic
         assert str(tree).encode() not in library.read_bytes()
+
+
+def test_a_static_cxx_library_stays_inside(build_folder, tmp_path):
+    """Exported, half of its symbols would resolve to torch's copy; an error message with a number then crashes."""
+    flag = "-Wl,--exclude-libs,libstdc++.a"
+    build = (build_folder / "build.ninja").read_text().replace("$\n", "")
+    links = re.findall(r"^build \S+: link .*\n +flags = (.*)", build, re.MULTILINE)
+    assert links and all(flag in line for line in links)
+
+    def exported(*flags: str) -> list[str]:
+        library = tmp_path / "probe.so"
+        objects = build_folder / "csrc" / "cpu" / "sliding_window.cpp.o"
+        output_of("g++", "-shared", "-static-libstdc++", "-o", library, objects, *flags)
+        names = output_of("nm", "--dynamic", "--defined-only", "--format=just-symbols", library).split()
+        return [name for name in names if name.startswith("_ZNSt6locale")]  # compiled into the library alone
+
+    assert len(exported()) > 10, "the check finds nothing"
+    assert len(exported(flag)) == 0
