@@ -13,7 +13,8 @@ namespace rmtkernels {
 namespace RMT_ISA {
 namespace {
 
-constexpr int64_t kRun = 252;  // a multiple of both numbers of rows below
+constexpr int kUnroll = 4;
+constexpr int64_t kRun = 252;  // a multiple of that, and of the rows of a tile
 
 // Eight lanes of either type.
 struct f64x8 {
@@ -36,10 +37,13 @@ RMT_INLINE void add_to(double* sum, const T* p) {
   store4(sum + 4, load4(sum + 4) + load4(p + 4));
 }
 
-// Rows whose sums fit the sixteen registers beside one column and one entry.
+// Rows of a copied tile whose sums fit the sixteen registers beside one column and one entry.
 template <class T>
-constexpr int kRows = sizeof(T) == 4 ? 12 : 6;
-static_assert(kRows<float> <= kTileRows, "a tile must fit its scratch");
+constexpr int kTile = sizeof(T) == 4 ? 12 : 6;
+static_assert(kTile<float> <= kTileRows, "a tile must fit its scratch");
+// Rows read in place: where a row is a multiple of 4 KB, all of them fall into the same eight lines of the first cache.
+template <class T>
+constexpr int kRows = sizeof(T) == 4 ? 8 : 6;
 
 // A cache line, and how far ahead of the sums the rows are fetched: beyond the end a prefetch does nothing.
 template <class T>
@@ -47,20 +51,32 @@ constexpr int64_t kLine = 64 / sizeof(T);
 template <class T>
 constexpr int64_t kAhead = 8 * kLine<T>;
 
+template <class T>
+using Lanes = decltype(spread(T(0)));
+
+// part[r] += a[r] column, of one column.
+template <class T, int rows>
+RMT_INLINE void multiply_column(Lanes<T>* part, const T* a, int64_t stride, const T* column) {
+  const Lanes<T> lanes = load_lanes(column);
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) part[r] = multiply_add(spread(a[r * stride]), lanes, part[r]);
+}
+
 // sums[r][lane] += sum over j < cols of a[r][j] v[j][lane].
 template <class T, int rows>
 RMT_INLINE void multiply_rows(double* sums, const T* a, int64_t stride, const T* v, int64_t cols) {
   for (int64_t begin = 0; begin < cols; begin += kRun) {
     const int64_t end = begin + kRun < cols ? begin + kRun : cols;
-    decltype(spread(T(0))) part[rows];
+    Lanes<T> part[rows];
     for (int r = 0; r < rows; ++r) part[r] = spread(T(0));
-    for (int64_t j = begin; j < end; ++j) {
+    int64_t j = begin;
+    for (; j + kUnroll <= end; j += kUnroll) {
       if (j % kLine<T> == 0)
         for (int r = 0; r < rows; ++r) __builtin_prefetch(a + r * stride + j + kAhead<T>);
-      const auto column = load_lanes(v + 8 * j);
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; ++r) part[r] = multiply_add(spread(a[r * stride + j]), column, part[r]);
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) multiply_column<T, rows>(part, a + j + u, stride, v + 8 * (j + u));
     }
+    for (; j < end; ++j) multiply_column<T, rows>(part, a + j, stride, v + 8 * j);
     for (int r = 0; r < rows; ++r) {
       T lanes[8];
       store_lanes(lanes, part[r]);
@@ -89,7 +105,7 @@ void multiply(const MultiplyArgs& args, int64_t begin, int64_t end) {
 // out[j][lane] += sum over the tile's rows of tile[r][j] y[r][lane].
 template <class T, int rows>
 RMT_INLINE void multiply_transposed(T* out, const T* tile, int64_t stride, const T* y, int64_t cols) {
-  decltype(spread(T(0))) lanes[rows];
+  Lanes<T> lanes[rows];
   for (int r = 0; r < rows; ++r) lanes[r] = load_lanes(y + 8 * r);
   for (int64_t j = 0; j < cols; ++j) {
     auto sum = load_lanes(out + 8 * j);
@@ -136,7 +152,7 @@ void multiply_gram(const MultiplyArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = chunk * args.chunk; i < last;) {
       const int64_t stop = i + kRun < last ? i + kRun : last;
       std::memset(run, 0, sizeof(T) * 8 * args.cols);
-      for (; i + kRows<T> <= stop; i += kRows<T>) add_tile<T, kRows<T>>(args, i, run, tile);
+      for (; i + kTile<T> <= stop; i += kTile<T>) add_tile<T, kTile<T>>(args, i, run, tile);
       for (; i < stop; ++i) add_tile<T, 1>(args, i, run, tile);
       for (int64_t j = 0; j < args.cols; ++j) add_to(sums + 8 * j, run + 8 * j);
     }

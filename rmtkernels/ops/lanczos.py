@@ -201,7 +201,7 @@ class _Schedule:
     """When to look at the Ritz values next: where the residuals would arrive if they fell faster than they did.
 
     Residuals of a Krylov basis fall faster and faster: the line through the last two looks arrives late by a fifth or
-    more, and a fall of e for a block is common at the end. A look costs as much as one block or more: one is added.
+    more, and a fall of e for a block is common at the end. A look costs as much as two blocks: some are added.
     """
 
     def __init__(self, k: int) -> None:
@@ -212,7 +212,7 @@ class _Schedule:
         """The size until which the basis shall grow. Restarts it, or makes room, if it is full."""
         width = len(basis.rest)
         worst = math.log(max(float(excess.max()), 1e-300))
-        ahead = most = int(max(2.0, worst + 1)) * width
+        ahead = most = int(max(2.0, 1.25 * worst + 1)) * width
         if self.last is not None and basis.size > self.last[0] and worst < self.last[1]:
             ahead = int(0.8 * worst * (basis.size - self.last[0]) / (self.last[1] - worst)) + width
         ahead = min(max(ahead, width), most, max(wanted, 8 * BLOCK))
