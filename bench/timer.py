@@ -10,7 +10,10 @@ Times = dict[str, np.ndarray]
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, block_ms: float = 2.0) -> Times:
-    """Seconds per call, (rounds,) for each function. A round runs each for a block of about `block_ms`."""
+    """Seconds per call, (rounds,) for each function. A round runs each for a block of about `block_ms`.
+
+    Every second round goes backwards: whoever is always first after another's data pays some 2 % for it.
+    """
     calls = {}
     for name, function in functions.items():
         function()
@@ -18,8 +21,9 @@ def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, block
         function()
         calls[name] = max(1, int(block_ms / 1e3 / (time.perf_counter() - began)))
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
+    for count in range(rounds):
+        order = list(functions.items())
+        for name, function in order if count % 2 == 0 else reversed(order):
             began = time.perf_counter()
             for _ in range(calls[name]):
                 function()
