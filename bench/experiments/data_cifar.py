@@ -51,20 +51,19 @@ class Loader:
 
     def augmented(self, batch: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(batch, (PAD,) * 4)
-        shifts = torch.randint(0, 2 * PAD + 1, (len(batch), 2), generator=self.generator).tolist()
+        shifts = torch.randint(0, 2 * PAD + 1, (len(batch), 2), generator=self.generator)
         flips = torch.rand(len(batch), generator=self.generator) < 0.5
-        size = batch.shape[-1]
-        moved = torch.stack(
-            [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, shifts, strict=True)]
-        )
-        return torch.where(flips[:, None, None, None], moved.flip(-1), moved)
+        y, x = (shifts[:, i, None] + torch.arange(batch.shape[-1]) for i in range(2))
+        moved = padded[torch.arange(len(batch))[:, None, None], :, y[:, :, None], x[:, None, :]].movedim(-1, 1)
+        return torch.where(flips[:, None, None, None], moved.flip(-1), moved).contiguous()
 
 
 @torch.no_grad()
 def correct(model: Any, pixels: Tensor, labels: Tensor) -> list[int]:
     """1 for every image whose label the model finds, else 0; the mode is put back."""
-    training = model.training
+    training, device = model.training, next(model.parameters()).device
     model.eval()
-    found = torch.cat([model(pixel_values=enlarged(part)).logits.argmax(1) for part in pixels.split(256)])
+    parts = [model(pixel_values=enlarged(part).to(device)).logits.argmax(1) for part in pixels.split(256)]
+    found = torch.cat(parts).cpu()
     model.train(training)
     return [int(hit) for hit in found == labels]

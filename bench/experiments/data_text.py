@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from bench.experiments import texts
+from rmtkd.calibration import move_to
 
 BATCH, EVALUATION_BATCH = 32, 64
 POOL = 32  # batches that are drawn at random together and then sorted by length
@@ -127,14 +128,14 @@ def calibration(rows: list[dict[str, Any]], seed: int, share: float = 0.1) -> li
 
 @torch.no_grad()
 def logits(model: Any, rows: list[dict[str, Any]]) -> Tensor:
-    """(rows, labels), in the order of the rows, in eval mode; the mode is put back."""
-    training = model.training
+    """(rows, labels) on the CPU, in the order of the rows, in eval mode; the mode is put back."""
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     found: list[Tensor] = []
     for first in range(0, len(order), EVALUATION_BATCH):
         batch = collate([rows[i] for i in order[first : first + EVALUATION_BATCH]])
-        found.append(model(**inputs(batch)).logits)
+        found.append(model(**move_to(inputs(batch), device)).logits.cpu())
     model.train(training)
     result = torch.cat(found)
     return result[torch.tensor(np.argsort(order))]

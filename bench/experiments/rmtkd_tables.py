@@ -63,6 +63,21 @@ def curve(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _seeds(units)])
 
 
+def staged(report: dict[str, Any]) -> str:
+    """A row per way, and what each stage left: parameters and accuracy, mean over seeds."""
+    lines = ["| way | after each stage | parameters | accuracy |", "|---|---|---|---|"]
+    for way, units in _by(report["units"], "method").items():
+        stages = zip(*(unit["figures"]["stages"] for unit in units), strict=True)
+        steps = [
+            f"{100 * (float(np.mean([stage['kept'] for stage in found])) - 1):+.0f} %: "
+            f"{100 * float(np.mean([stage['score'] for stage in found])):.1f}"
+            for found in stages
+        ]
+        kept = 100 * (float(np.mean([unit["figures"]["kept"] for unit in units])) - 1)
+        lines.append(f"| {way} | {', '.join(steps)} | {kept:+.1f} % | {_percent(units, 'accuracy')} |")
+    return "\n".join([*lines, "", _seeds(report["units"])])
+
+
 def language(report: dict[str, Any]) -> str:
     """Perplexity at equal parameters; the interval is of the ratio to dense, over windows."""
     by_key = _by(report["units"], "method", "share")
@@ -116,7 +131,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         for task in ("sst2", "qnli", "ag_news")
         for setting in ("fine-tuned", "scratch")
     },
+    "sst2-three-epochs": classification,
+    "staged": staged,
     "resnet": curve,
+    "resnet56": curve,
     "language": language,
     "quantile": quantile,
     "speed": markdown,

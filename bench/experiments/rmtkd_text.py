@@ -33,7 +33,7 @@ class Experiment:
 
     def __init__(self, arguments: argparse.Namespace, task: data_text.Task, config: Config, seed: int) -> None:
         self.task, self.seed, self.config = task, seed, replace(config, seed=seed)
-        self.scratch, self.epochs = arguments.scratch, arguments.dense_epochs
+        self.scratch, self.epochs, self.device = arguments.scratch, arguments.dense_epochs, arguments.device
         setting = "scratch" if self.scratch else "fine-tuned"
         self.folder = (
             work_folder() / f"{task.name}-{setting}-{arguments.dense_epochs}-{arguments.train or 'all'}-{seed}"
@@ -58,13 +58,13 @@ class Experiment:
         else:
             start = AutoModelForSequenceClassification.from_pretrained(encoder(), num_labels=self.task.labels)
         rows = data_text.loader(self.task.train, self.seed)
-        return train(start, rows, replace(self.config, epochs=self.epochs))
+        return train(start.to(self.device), rows, replace(self.config, epochs=self.epochs))
 
     def teacher_logits(self) -> torch.Tensor:
         """On the training rows; computed once, in eval mode they never change."""
         file = self.folder / "teacher-logits.pt"
         if not file.is_file():
-            torch.save(data_text.logits(self.dense(), self.task.train), file.with_suffix(".partial"))
+            torch.save(data_text.logits(self.dense().to(self.device), self.task.train), file.with_suffix(".partial"))
             file.with_suffix(".partial").rename(file)
         found: torch.Tensor = torch.load(file)
         return found
@@ -112,7 +112,7 @@ class Experiment:
         before = self.score(student)
         teacher = data_text.Remembered(self.task.train, self.teacher_logits())
         rows = data_text.loader(self.task.train, self.seed + 100)
-        distilled = distill(copy.deepcopy(student), teacher, rows, self.config)
+        distilled = distill(copy.deepcopy(student).to(self.device), teacher.to(self.device), rows, self.config)
         found = {"accuracy before distillation": before["accuracy"], **self.score(distilled)}
         if method == "RMT-KD":
             names = ("hidden_size", "intermediate_size", "num_attention_heads")
@@ -120,7 +120,7 @@ class Experiment:
         return found
 
     def score(self, model: Any) -> dict[str, Any]:
-        hits = data_text.correct(model, self.task.dev)
+        hits = data_text.correct(model.to(self.device), self.task.dev)
         accuracy = round(sum(hits) / len(hits), 5)
         return {"accuracy": accuracy, "parameters": parameters(model), "correct": "".join(map(str, hits))}
 
@@ -150,12 +150,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(data_text.TASKS))
     parser.add_argument("--scratch", action="store_true", help="from a random start instead of the encoder's weights")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), metavar="SEED")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD")
     parser.add_argument("--dense-epochs", type=int, default=1, help="of training the dense model")
     parser.add_argument("--epochs", type=int, default=1, help="of distillation, for every method")
     parser.add_argument("--train", type=int, default=0, help="how many training rows, the first; 0 for all of the task")
     parser.add_argument("--quantile", type=float, default=0.45)
+    parser.add_argument("--device", default="cpu", help="where models are trained")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -183,7 +184,7 @@ def main() -> None:
         "config": shown(config),
     }
     units = Units(file, f"python -m bench.experiments.rmtkd_text {arguments.task}", settings)
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         experiment = Experiment(arguments, task, config, seed)
         for method in ("dense", *arguments.methods):
             units.once(work(experiment, method), method=method, seed=seed)

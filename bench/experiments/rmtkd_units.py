@@ -1,11 +1,13 @@
 """Results of an experiment, unit by unit: each is in the file as soon as it is done, and is not done again."""
 
+import fcntl
 import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,17 @@ class Units:
             "torch": str(torch.__version__),
             "units": [],
         }
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for what in ("made by", "settings"):
-                if found[what] != self.report[what]:
-                    raise ValueError(f"{file} was made with other {what}: move it away, or give another --json")
-            self.report["units"] = found["units"]
+        self.read()
+
+    def read(self) -> None:
+        """The units that are in the file by now: several processes may each do some of them."""
+        if not self.file.is_file():
+            return
+        found = json.loads(self.file.read_text(encoding="utf-8"))
+        for what in ("made by", "settings"):
+            if found[what] != self.report[what]:
+                raise ValueError(f"{self.file} was made with other {what}: move it away, or give another --json")
+        self.report["units"] = found["units"]
 
     @property
     def units(self) -> list[dict[str, Any]]:
@@ -57,11 +64,25 @@ class Units:
         print(time.strftime("%H:%M:%S"), *key.values(), "…", flush=True)
         began = time.perf_counter()
         figures = {**work(), "seconds": round(time.perf_counter() - began, 1)}
-        self.units.append({"key": key, "figures": figures})
-        write_whole(self.file, json.dumps(self.report, indent=1) + "\n")
+        with locked(self.file.parent):
+            self.read()
+            self.units.append({"key": key, "figures": figures})
+            write_whole(self.file, json.dumps(self.report, indent=1) + "\n")
         brief = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
         print(time.strftime("%H:%M:%S"), *key.values(), brief, flush=True)
         return figures
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes waiting that would write in the folder, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -84,8 +84,12 @@ def test_batches_of_like_length_hold_every_row_once() -> None:
 class Sums(torch.nn.Module):
     """Logits that tell the rows apart: the sum of a row's ids, without padding."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
-        total = (input_ids * attention_mask).sum(1).float()
+        total = self.scale * (input_ids * attention_mask).sum(1)
         return type("Output", (), {"logits": torch.stack([total, -total], dim=1)})
 
 
@@ -159,3 +163,11 @@ def test_a_quantile_table_has_a_row_per_kind() -> None:
         "| inner (2) | 600 | 1.50 | 40% | 55% | 40% | 10% | 60% | 2.0% |",
         "| residual (1) | 600 | 1.50 | 20% | 55% | 40% | 10% | 60% |  |",
     ]
+
+
+def test_processes_that_share_a_file_keep_each_others_units(tmp_path: Path) -> None:
+    file = tmp_path / "shared.json"
+    first, second = Units(file, "us", {}), Units(file, "us", {})
+    first.once(lambda: {"a": 1}, seed=0)
+    second.once(lambda: {"a": 2}, seed=1)
+    assert [unit["key"]["seed"] for unit in Units(file, "us", {}).units] == [0, 1]
