@@ -26,6 +26,7 @@ class Group:
         width: groups of the same `width` get the same rank, as one setting of the model's config ("hidden_size",
             "intermediate_size", "hidden_sizes.0"); "" if the group has a rank of its own.
         multiple: the rank must be divisible by this whatever the config says (heads).
+        share: the setting called `width` is this many times the group's rank (a ResNet's bottleneck: 4).
         scaled: rows are divided by their root mean square first: what is read through an RMSNorm has no scale.
     """
 
@@ -33,4 +34,5 @@ class Group:
     taps: tuple[Tap, ...]
     width: str = ""
     multiple: int = 1
+    share: int = 1
     scaled: bool = False

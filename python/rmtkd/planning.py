@@ -82,7 +82,12 @@ def _width_plan(model: nn.Module, batch: Batch, config: Config, findings: Sequen
     from rmtkd import width
 
     widths, reasons = _common_widths(findings, config)
-    layers = tuple(finding.layer_plan(widths.get(finding.group.width, finding.choice.rank)) for finding in findings)
+    layers = tuple(
+        finding.layer_plan(widths[finding.group.width] // finding.group.share)
+        if finding.group.width
+        else finding.layer_plan(finding.choice.rank)
+        for finding in findings
+    )
     covariances = {finding.group.name: finding.moment for finding in findings}
     narrowed = width.narrow(model, widths, covariances, config)
     with as_it_was(model), as_it_was(narrowed):
@@ -100,13 +105,13 @@ def _common_widths(findings: Sequence[_Finding], config: Config) -> tuple[dict[s
     widths, reasons = {}, {}
     for name in dict.fromkeys(finding.group.width for finding in findings if finding.group.width):
         sharing = [finding for finding in findings if finding.group.width == name]
-        dims = {finding.choice.dim for finding in sharing}
+        dims = {finding.choice.dim * finding.group.share for finding in sharing}
         if len(dims) > 1:
             raise ModelError(f"activations of the width {name} differ in width: {sorted(dims)}")
-        raw = [finding.choice.raw_rank for finding in sharing]
+        raw = [finding.choice.raw_rank * finding.group.share for finding in sharing]
         mean = sum(raw) / len(raw)
-        multiple = math.lcm(config.multiple, *(finding.group.multiple for finding in sharing))
-        least = config.min_ratio * max(finding.choice.support for finding in sharing)
+        multiple = math.lcm(config.multiple, *(group.multiple * group.share for group in (f.group for f in sharing)))
+        least = config.min_ratio * max(finding.choice.support * finding.group.share for finding in sharing)
         widths[name], clamped = round_rank(mean, dims.pop(), least, multiple)
         source = f"mean {mean:.1f} of {', '.join(map(str, raw))}" if len(raw) > 1 else str(raw[0])
         reasons[name] = f"{source}, rounded up" + (f", held by min_ratio {config.min_ratio:g}" if clamped else "")

@@ -97,7 +97,7 @@ class Plan:
             "",
         ]
         for name, width in self.widths.items():
-            before = next(layer.dim for layer in self.layers if layer.width == name)
+            before = max(layer.dim for layer in self.layers if layer.width == name)
             lines.append(f"{name}: {before} → {width} ({self.reasons[name]})")
         if held := [layer.name for layer in self.layers if layer.choice.clamped and not layer.width]:
             lines.append(f"held by min_ratio {self.config.min_ratio:g}: {', '.join(held)}")

@@ -259,7 +259,7 @@ def _reason(stage: Stage, first: Stage, planned: Plan) -> str:
 
 
 def _below(planned: Plan) -> list[str]:
-    """What asked for less than `min_ratio`: layers, or settings that several groups share, by their mean."""
+    """What asked for less than `min_ratio`: layers, or settings that several groups share, by their mean share."""
     sharing = defaultdict(list)
     for layer in planned.layers:
         if not layer.keep_dense:
@@ -267,8 +267,8 @@ def _below(planned: Plan) -> list[str]:
     return [
         name
         for name, choices in sharing.items()
-        if fmean(choice.raw_rank for choice in choices)
-        < planned.config.min_ratio * max(choice.support for choice in choices)
+        if fmean(choice.raw_rank / choice.dim for choice in choices)
+        < planned.config.min_ratio * max(choice.support / choice.dim for choice in choices)
     ]
 
 
@@ -278,7 +278,8 @@ def _over(number: int, stages: Sequence[Config]) -> str:
 
 def _ranks(planned: Plan) -> dict[str, int]:
     if planned.config.mode == "width":
-        return {layer.width: layer.rank for layer in planned.layers if layer.width and layer.rank < layer.dim}
+        shrunk = {layer.width for layer in planned.layers if layer.rank < layer.dim}
+        return {name: width for name, width in planned.widths.items() if name in shrunk}
     return {layer.name: layer.rank for layer in planned.layers if not layer.keep_dense}
 
 

@@ -1,18 +1,19 @@
 """ResNet, narrowed: channels chosen per stage, because ReLU and batch norm commute with a choice, not with a rotation.
 
 The channels of a stage's shortcut are one choice for all its layers, so the shortcut stays the identity; the channels
-between the two convolutions of a layer are that layer's own. Channels that go are interpolated from those that stay,
+between the convolutions of a layer are that layer's own. Channels that go are interpolated from those that stay,
 and the interpolation is folded into the convolutions that read them: padding is zero, and 0 is interpolated as 0.
 """
 
 import copy
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rmtkd.config import Config
-from rmtkd.errors import ConfigError, ModelError, PlanError
+from rmtkd.errors import ConfigError, PlanError
 from rmtkd.groups import Group, Tap
 from rmtkd.neurons import Neurons, choose_neurons
 from rmtkd.width_parts import (
@@ -35,7 +36,6 @@ _STEM = "stem"
 
 def groups(model: Layer) -> list[Group]:
     """Every stage's channels, together with the stem's where the first shortcut is the identity; and layers' own."""
-    _check(model)
     prefix = name_prefix(model, model.base_model)
     stem = Tap(f"{prefix}embedder", "output")
     found = [] if _joined(model) else [Group(_STEM, (stem,), width="embedding_size")]
@@ -46,8 +46,10 @@ def groups(model: Layer) -> list[Group]:
             taps = (stem, *taps)
         found.append(Group(_stage(index), taps, width=f"hidden_sizes.{index}"))
         for number, layer in enumerate(layers):
-            tap = Tap(f"{layer}.layer.0", "output")
-            found.append(Group(_inner(index, number), (tap,), width=f"hidden_sizes.{index}"))
+            for inner in range(_inners(model)):
+                tap = Tap(f"{layer}.layer.{inner}", "output")
+                name = _inner(index, number, inner)
+                found.append(Group(name, (tap,), width=f"hidden_sizes.{index}", share=_reduction(model)))
     return found
 
 
@@ -57,10 +59,12 @@ def narrow(model: Layer, widths: Mapping[str, int], covariances: Mapping[str, Te
     Raises:
         ConfigError: if `config.neurons` is "projection".
     """
-    _check(model)
     if config.neurons != "leverage":
         raise ConfigError('batch norm acts channel by channel, so channels cannot be mixed: set neurons="leverage"')
-    sizes = [width_of(widths, f"hidden_sizes.{index}", size) for index, size in enumerate(model.config.hidden_sizes)]
+    sizes = [
+        width_of(widths, f"hidden_sizes.{index}", size, _reduction(model))
+        for index, size in enumerate(model.config.hidden_sizes)
+    ]
     stem_size = sizes[0] if _joined(model) else width_of(widths, "embedding_size", model.config.embedding_size)
     if not _joined(model) and not model.config.downsample_in_first_stage and stem_size == sizes[0]:
         raise PlanError(
@@ -74,7 +78,8 @@ def narrow(model: Layer, widths: Mapping[str, int], covariances: Mapping[str, Te
     before = choices[_STEM]
     for index, stage in enumerate(model.base_model.encoder.stages):
         for number in range(len(stage.layers)):
-            builder.layer(index, number, before, choices[_inner(index, number)], choices[_stage(index)])
+            inner = [choices[_inner(index, number, inner)] for inner in range(_inners(model))]
+            builder.layer(index, number, [before, *inner, choices[_stage(index)]])
             before = choices[_stage(index)]
     if hasattr(model, "classifier") and isinstance(model.classifier[-1], nn.Linear):
         write(new.classifier[-1], weight_of(model.classifier[-1]) @ before.after, bias_of(model.classifier[-1]))
@@ -83,10 +88,13 @@ def narrow(model: Layer, widths: Mapping[str, int], covariances: Mapping[str, Te
 
 def _choose(model: Layer, covariances: Mapping[str, Tensor], stem_size: int, sizes: list[int]) -> dict[str, Neurons]:
     old = model.config
-    wanted = {} if _joined(model) else {_STEM: (old.embedding_size, stem_size)}
-    for index, stage in enumerate(model.base_model.encoder.stages):
-        for name in (_stage(index), *(_inner(index, number) for number in range(len(stage.layers)))):
-            wanted[name] = (old.hidden_sizes[index], sizes[index])
+    full = {"embedding_size": old.embedding_size} | {
+        f"hidden_sizes.{i}": size for i, size in enumerate(old.hidden_sizes)
+    }
+    kept = {"embedding_size": stem_size} | {f"hidden_sizes.{i}": size for i, size in enumerate(sizes)}
+    wanted = {
+        group.name: (full[group.width] // group.share, kept[group.width] // group.share) for group in groups(model)
+    }
     moments = {name: moment_of(covariances, name, full) for name, (full, _) in wanted.items()}
     choices = {name: choose_neurons(moments[name], size, "leverage") for name, (_, size) in wanted.items()}
     if _joined(model):
@@ -109,12 +117,13 @@ class _Builder:
         pixels = torch.eye(old.embedder.convolution.in_channels, dtype=torch.float64, device=channels.after.device)
         self._convolution(f"{self.prefix}embedder.embedder", Neurons(pixels, pixels), channels)
 
-    def layer(self, stage: int, number: int, before: Neurons, inner: Neurons, after: Neurons) -> None:
+    def layer(self, stage: int, number: int, channels: list[Neurons]) -> None:
+        """`channels` before the layer, between its convolutions, and after it."""
         name = f"{self.prefix}encoder.stages.{stage}.layers.{number}"
-        self._convolution(f"{name}.layer.0", before, inner)
-        self._convolution(f"{name}.layer.1", inner, after)
+        for place, (read, written) in enumerate(itertools.pairwise(channels)):
+            self._convolution(f"{name}.layer.{place}", read, written)
         if not isinstance(self.old.get_submodule(f"{name}.shortcut"), nn.Identity):
-            self._convolution(f"{name}.shortcut", before, after)
+            self._convolution(f"{name}.shortcut", channels[0], channels[-1])
 
     def _convolution(self, name: str, read: Neurons, written: Neurons) -> None:
         """A convolution and the batch norm after it, which keeps its statistics until they are fitted."""
@@ -154,17 +163,19 @@ def _joined(model: Layer) -> bool:
     return isinstance(model.base_model.encoder.stages[0].layers[0].shortcut, nn.Identity)
 
 
-def _check(model: Layer) -> None:
-    if model.config.layer_type != "basic":
-        raise ModelError(
-            f'a ResNet of {model.config.layer_type} layers cannot be narrowed, only of layer_type="basic": the config '
-            "ties the width inside such a layer to the width between layers"
-        )
+def _inners(model: Layer) -> int:
+    """How often the channels change inside a layer: a bottleneck has three convolutions, a basic layer two."""
+    return 2 if model.config.layer_type == "bottleneck" else 1
+
+
+def _reduction(model: Layer) -> int:
+    """How many times narrower a layer is inside, which the config does not set."""
+    return 4 if model.config.layer_type == "bottleneck" else 1
 
 
 def _stage(index: int) -> str:
     return f"stage.{index}"
 
 
-def _inner(index: int, number: int) -> str:
-    return f"stage.{index}.layer.{number}.inner"
+def _inner(index: int, number: int, inner: int) -> str:
+    return f"stage.{index}.layer.{number}.inner{inner or ''}"

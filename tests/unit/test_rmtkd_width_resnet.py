@@ -9,10 +9,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ResNetConfig
 
+import rmtkd
 from rmtkd import width
 from rmtkd.calibration import calibrate
 from rmtkd.config import Config
-from rmtkd.errors import ConfigError, ModelError, PlanError
+from rmtkd.errors import ConfigError, PlanError
 
 KINDS = ("ResNetModel", "ResNetForImageClassification")
 
@@ -52,7 +53,7 @@ def double(narrow: Any) -> Any:
     config = narrow.config
     sizes = [2 * size for size in config.hidden_sizes]
     joined = isinstance(narrow.base_model.encoder.stages[0].layers[0].shortcut, nn.Identity)
-    wide = resnet(2 * config.embedding_size, sizes, type(narrow).__name__)
+    wide = resnet(2 * config.embedding_size, sizes, type(narrow).__name__, layer_type=config.layer_type)
     sources = dict(narrow.named_modules())
     with torch.no_grad():
         for name, module in wide.named_modules():
@@ -81,22 +82,24 @@ def parts(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
 @pytest.mark.parametrize("stem", [8, 6])
-def test_the_full_width_gives_the_same(stem: int, kind: str, fitted: bool) -> None:
-    model = resnet(stem, [8, 12], kind)
+def test_the_full_width_gives_the_same(stem: int, layer: str, kind: str, fitted: bool) -> None:
+    model = resnet(stem, [8, 12], kind, layer_type=layer)
     same = width.narrow(model, {}, moments(model), Config(), batches() if fitted else None)
     torch.testing.assert_close(outputs(same), outputs(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fitted", [False, True])
-@pytest.mark.parametrize("stem", [6, 4])
-def test_doubled_channels_are_found(stem: int, fitted: bool) -> None:
-    narrow = resnet(stem, [6, 10])
+@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
+@pytest.mark.parametrize("stem", [8, 4])
+def test_doubled_channels_are_found(stem: int, layer: str, fitted: bool) -> None:
+    narrow = resnet(stem, [8, 12], layer_type=layer)
     wide = double(narrow)
     torch.testing.assert_close(outputs(wide), outputs(narrow), rtol=1e-4, atol=1e-4)
-    widths = {"hidden_sizes.0": 6, "hidden_sizes.1": 10} | ({} if stem == 6 else {"embedding_size": 4})
+    widths = {"hidden_sizes.0": 8, "hidden_sizes.1": 12} | ({} if stem == 8 else {"embedding_size": 4})
     found = width.narrow(wide, widths, moments(wide), Config(), batches() if fitted else None)
-    assert found.config.hidden_sizes == [6, 10] and found.config.embedding_size == stem
+    assert found.config.hidden_sizes == [8, 12] and found.config.embedding_size == stem
     torch.testing.assert_close(outputs(found), outputs(wide), rtol=2e-3, atol=2e-3)
 
 
@@ -149,12 +152,27 @@ def test_groups() -> None:
 
 
 def test_what_cannot_be_narrowed() -> None:
-    bottleneck = resnet(8, [16], layer_type="bottleneck")
-    with pytest.raises(ModelError, match="basic"):
-        width.groups(bottleneck)
+    bottleneck = resnet(6, [16], layer_type="bottleneck")
+    with pytest.raises(PlanError, match="multiple of 4"):
+        width.narrow(bottleneck, {"hidden_sizes.0": 10}, moments(bottleneck), Config())
     model = resnet(6, [8, 12])
     found = moments(model)
     with pytest.raises(PlanError, match="drop the first shortcut"):
         width.narrow(model, {"hidden_sizes.0": 6}, found, Config())
     with pytest.raises(ConfigError, match="leverage"):
         width.narrow(model, {"hidden_sizes.0": 5}, found, Config(neurons="projection"))
+
+
+@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
+def test_stages_narrow_it_and_stock_classes_load_it(layer: str, tmp_path: Path) -> None:
+    model, config = resnet(8, [24, 32], layer_type=layer), Config(stages=2, epochs=1, quantile=0.2, max_drop=1.0)
+    train = [{**batch, "labels": torch.arange(8) % 5} for batch in batches(2)]
+    result = rmtkd.run(model, batches(), train, lambda model: 0.5, config, progress=False)
+    kept = [stage.parameters for stage in result.history]
+    assert kept[0] > kept[1] >= kept[2] and result.history[1].ranks
+    planned = rmtkd.plan(model, batches(), config)
+    inner = next(found for found in planned.layers if found.name == "stage.1.layer.0.inner")
+    assert inner.rank * (4 if layer == "bottleneck" else 1) == planned.widths["hidden_sizes.1"]
+    result.model.save_pretrained(tmp_path)
+    stock = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(outputs(stock), outputs(result.model))
