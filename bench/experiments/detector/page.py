@@ -85,7 +85,7 @@ def tried(result: dict[str, Any]) -> str:
             f"{one['gru']:.3f}",
             f"{min(one['seeds']):.3f} … {max(one['seeds']):.3f}",
             f"{one['seeds together']:.3f}",
-            f"{one['logistic regression']:.3f}",
+            "" if one["logistic regression"] is None else f"{one['logistic regression']:.3f}",
         ]
         for name, one in result["validation"].items()
     ]

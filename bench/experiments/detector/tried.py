@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.experiments.detector import directions, vectors
+from bench.experiments.detector import directions, subspaces, vectors
 from bench.experiments.detector.baselines import LAYERS, averaged
 from bench.experiments.detector.data import Data
 from bench.experiments.detector.metrics import auroc
-from bench.experiments.detector.probes import probe
+from bench.experiments.detector.probes import Scored, probe
 from bench.experiments.detector.recurrent import SEEDS, shuffled_in_time, track
 from bench.experiments.detector.report import prepared, result_path, write
 from bench.experiments.detector.windows import SETTINGS
@@ -92,9 +92,34 @@ VARIANTS: dict[str, Callable[[Data], list[Tensor]]] = {
     "directions of both, and one each for descriptors and subspaces": with_vectors,
     "probe of means so far, all layers": directions.probe_so_far,
     "these, and the probe of means so far": with_probe,
+    "leading directions of the window, in the subspace of right answers": subspaces.leading_in_reference,
+    "likelihood of right and of wrong answers' subspaces": subspaces.likelihoods,
+    "… with directions of both": lambda data: vectors.joined(subspaces.likelihoods(data), of_tokens_and_means(data)),
+    "64 principal directions of layers 11 to 20, without labels": lambda data: subspaces.principal(data, MIDDLE),
     "lookback ratios (attention)": vectors.lookback,
     "directions, subspaces, and one direction for lookback ratios": with_attention,
     "all of these and the probe": lambda data: vectors.joined(with_attention(data), directions.probe_so_far(data)),
+}
+
+
+def with_best_probe(data: Data) -> dict[str, Any]:
+    """Everything in a GRU, and the best probe beside it: the mean of both scores, in deviations over validation."""
+    train, validation = data.where("train"), data.where("validation")
+
+    def scaled(scored: Scored) -> Any:
+        return scored.values / scored.values[validation].std()
+
+    beside = scaled(probe(data.mean.flatten(1).numpy(), data.labels, train, validation))
+    sequences = with_probe(data)
+    runs = [scaled(track(data, sequences, seed=seed)) + beside for seed in SEEDS]
+    return row(data, sequences[0].shape[1], runs, None)
+
+
+RUNS: dict[str, Callable[[Data], dict[str, Any]]] = {
+    "these, and the probe of means so far; 64 units for 16": lambda data: judge(
+        data, with_probe(data), hidden=64, projection=64
+    ),
+    "… the mean of that GRU (16 units) and the best probe": with_best_probe,
 }
 
 
@@ -108,26 +133,33 @@ def main() -> None:
     path = result_path(f"tried-{arguments.set}")
     rows: dict[str, Any] = json.loads(path.read_text())["validation"] if arguments.only and path.exists() else {}
     answers = {split: len(data.where(split)) for split in ("train", "validation")}
-    for name, make in VARIANTS.items():
+    runs = {name: lambda data, make=make: judge(data, make(data)) for name, make in VARIANTS.items()} | RUNS
+    for name, run in runs.items():
         if not arguments.only or name in arguments.only:
-            rows[name] = judge(data, make(data))
-            ordered = {variant: rows[variant] for variant in VARIANTS if variant in rows}
+            rows[name] = run(data)
+            ordered = {variant: rows[variant] for variant in runs if variant in rows}
             write(path, f"tried {arguments.set}", {"answers": answers, "validation": ordered})
             print(name, rows[name], flush=True)
 
 
-def judge(data: Data, sequences: list[Tensor]) -> dict[str, Any]:
-    """AUROC on validation."""
-    train, validation = data.where("train"), data.where("validation")
-    tracked = [track(data, sequences, seed=seed) for seed in SEEDS]
-    areas = [one.validation for one in tracked]
-    ensemble = np.mean([one.values for one in tracked], 0)
+def judge(data: Data, sequences: list[Tensor], **options: int) -> dict[str, Any]:
+    """AUROC on validation. Options go to `track`."""
+    tracked = [track(data, sequences, seed=seed, **options) for seed in SEEDS]
+    regression = probe(averaged(sequences), data.labels, data.where("train"), data.where("validation"))
+    return row(data, sequences[0].shape[1], [one.values for one in tracked], regression)
+
+
+def row(data: Data, features: int, runs: list[Any], regression: Scored | None) -> dict[str, Any]:
+    """Scores (n,) of three trainings, and their mean."""
+    validation = data.where("validation")
+    areas = [float(auroc(one[validation], data.labels[validation])) for one in runs]
+    together = float(auroc(np.mean(runs, 0)[validation], data.labels[validation]))
     return {
-        "features": sequences[0].shape[1],
+        "features": features,
         "gru": round(float(np.mean(areas)), 3),
         "seeds": [round(area, 3) for area in areas],
-        "seeds together": round(float(auroc(ensemble[validation], data.labels[validation])), 3),
-        "logistic regression": round(probe(averaged(sequences), data.labels, train, validation).validation, 3),
+        "seeds together": round(together, 3),
+        "logistic regression": round(regression.validation, 3) if regression else None,
     }
 
 

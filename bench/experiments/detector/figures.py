@@ -1,0 +1,161 @@
+"""`python -m bench.experiments.detector.figures`: the pictures of docs/detector.md, from committed results alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.experiments.detector.baselines import LAYERS
+from bench.experiments.detector.curves import FALSE_ALARMS, WINDOWS
+from bench.experiments.detector.early import SEEN
+from bench.experiments.detector.report import result_path
+from bench.experiments.texts import ROOT
+
+FOLDER = ROOT / "docs" / "figures"
+STYLE = {
+    "figure.figsize": (5.2, 3.6),
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.hashsalt": "rmtkernels",  # so that the same results give the same file
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's
+CHANCE = {"color": "0.6", "linewidth": 0.8, "linestyle": ":"}
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    FOLDER.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        for name, (make, size) in FIGURES.items():
+            figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+            make(axes)
+            figure.savefig(path_of(name), metadata={"Date": None})
+            pyplot.close(figure)
+
+
+def path_of(name: str) -> Path:
+    return FOLDER / f"detector-{name}.svg"
+
+
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result_path(name).read_text(encoding="utf-8"))
+    return found
+
+
+def roc(axes: Any) -> None:
+    curves = sorted(result("curves")["roc"].items(), key=lambda item: -item[1]["auroc"][0])
+    for (name, one), colour in zip(curves, COLOURS, strict=True):
+        axes.plot(FALSE_ALARMS, one["hits"], color=colour, linewidth=1.2, label=f"{name} ({one['auroc'][0]:.3f})")
+    axes.plot([0, 1], [0, 1], **CHANCE)
+    axes.set(xlabel="right replies flagged (false positive rate)", ylabel="wrong replies found (true positive rate)")
+    axes.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
+    axes.legend(title="AUROC in brackets", fontsize=7, title_fontsize=7, loc="lower right")
+
+
+def tokens(axes: Any) -> None:
+    for (name, one), colour in zip(result("dialogue")["early"].items(), COLOURS, strict=True):
+        areas = [one["auroc after tokens"][str(seen)] for seen in SEEN]
+        axes.plot(SEEN, areas, "o-", color=colour, markersize=3, linewidth=1.2, label=name)
+    axes.axhline(0.5, **CHANCE)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(SEEN, [str(seen) for seen in SEEN])
+    axes.set(xlabel="tokens of the reply seen", ylabel="AUROC")
+    axes.legend(fontsize=7)
+
+
+def windows(axes: Any) -> None:
+    curves = result("curves")
+    lines = [
+        (f"{form}, {method}", [curves[f"window, {form}"][str(window)] for window in WINDOWS], key)
+        for form in ("per layer", "joint")
+        for method, key in (("GRU", "seeds"), ("logistic regression", "logistic regression"))
+    ]
+    for (name, points, key), colour, shift in zip(lines, COLOURS, (0.97, 0.99, 1.01, 1.03), strict=False):
+        places = [window * shift for window in WINDOWS]
+        if key == "seeds":
+            middle = [sum(one[key]) / len(one[key]) for one in points]
+            reach = [(min(one[key]), max(one[key])) for one in points]
+        else:
+            middle, reach = [one[key][0] for one in points], [tuple(one[key][1:]) for one in points]
+        bars = [[m - low for m, (low, _) in zip(middle, reach, strict=True)]]
+        bars.append([high - m for m, (_, high) in zip(middle, reach, strict=True)])
+        axes.errorbar(places, middle, bars, fmt="o-", color=colour, markersize=3, linewidth=1.2, capsize=2, label=name)
+    axes.axhline(0.5, **CHANCE)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(WINDOWS, [str(window) for window in WINDOWS])
+    axes.minorticks_off()
+    axes.set(xlabel="window N (tokens)", ylabel="AUROC")
+    axes.legend(fontsize=7, title="bars: three seeds (GRU), 95 % of bootstrap draws (regression)", title_fontsize=7)
+
+
+def layers(axes: Any) -> None:
+    curves = result("curves")["layer"]
+    blocks = {layer: int(layer.removeprefix("layer")) + 1 if layer != "embedding" else 0 for layer in LAYERS}
+    probes = [(blocks[layer], curves[layer]["mean hidden state"]) for layer in LAYERS]
+    regressions = [(blocks[layer], curves[layer]["logistic regression"]) for layer in LAYERS[1:]]
+    for points, name, colour in (
+        (probes, "mean hidden state, logistic regression", COLOURS[0]),
+        (regressions, "24 descriptors, logistic regression", COLOURS[1]),
+    ):
+        places = [place for place, _ in points]
+        axes.plot(places, [one[0] for _, one in points], "o-", color=colour, markersize=3, linewidth=1.2, label=name)
+        axes.fill_between(
+            places, [one[1] for _, one in points], [one[2] for _, one in points], color=colour, alpha=0.15, linewidth=0
+        )
+    places = [blocks[layer] for layer in LAYERS[1:]]
+    seeds = [curves[layer]["seeds"] for layer in LAYERS[1:]]
+    middle = [sum(one) / len(one) for one in seeds]
+    axes.plot(places, middle, "s-", color=COLOURS[2], markersize=3, linewidth=1.2, label="24 descriptors, GRU")
+    axes.fill_between(places, [*map(min, seeds)], [*map(max, seeds)], color=COLOURS[2], alpha=0.25, linewidth=0)
+    axes.axhline(0.5, **CHANCE)
+    axes.set(xlabel="block whose output is watched (0: the embedding)", ylabel="AUROC", xticks=[*blocks.values()])
+    axes.legend(fontsize=7, title="bands: 95 % of bootstrap draws; GRU: three seeds", title_fontsize=7)
+
+
+def permuted(axes: Any) -> None:
+    bars(axes, result("importance")["sets"]["qa"]["permuted"], "AUROC lost when exchanged between replies")
+
+
+def left_out(axes: Any) -> None:
+    bars(axes, result("importance")["sets"]["dialogue"]["left out"], "AUROC lost when left out of the training")
+
+
+def bars(axes: Any, table: dict[str, dict[str, list[float]]], label: str) -> None:
+    """Least on top, GRU and regression side by side."""
+    names = sorted(table, key=lambda name: table[name]["GRU"][0])
+    for shift, method, colour in ((-0.2, "GRU", COLOURS[0]), (0.2, "logistic regression", COLOURS[1])):
+        values = [table[name][method] for name in names]
+        reach = [[v - low for v, low, _ in values], [high - v for v, _, high in values]]
+        axes.barh(
+            [place + shift for place in range(len(names))],
+            [one[0] for one in values],
+            0.38,
+            xerr=reach,
+            color=colour,
+            error_kw={"linewidth": 0.7, "ecolor": "0.3"},
+            label=method,
+        )
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=7)
+    axes.set_xlabel(label)
+    axes.legend(fontsize=7, title="bars: 95 % of bootstrap draws", title_fontsize=7, loc="lower right")
+
+
+FIGURES: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
+    "roc": (roc, (5.2, 4.8)),
+    "tokens": (tokens, (5.2, 3.6)),
+    "windows": (windows, (5.2, 3.6)),
+    "layers": (layers, (5.2, 3.6)),
+    "permuted": (permuted, (5.2, 5.6)),
+    "left-out": (left_out, (5.2, 3.0)),
+}
+
+
+if __name__ == "__main__":
+    main()
