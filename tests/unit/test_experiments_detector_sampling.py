@@ -97,10 +97,12 @@ def test_what_was_sampled_is_not_sampled_again(model: Any, tmp_path: Path, monke
     sampling.sample_items(Sampler(model), Letters(), items[:2], ("free", "inside"), folder, "")
     before = sampling.read_samples(tmp_path)
     written = (folder / "00000.safetensors").stat().st_mtime_ns
-    sampling.sample_items(Sampler(model), Letters(), items, ("free", "inside"), folder, "")
+    sampling.sample_items(Sampler(model), Letters(), items[::-1], ("free", "inside"), folder, "")
     after = sampling.read_samples(tmp_path)
     assert (folder / "00000.safetensors").stat().st_mtime_ns == written
-    assert list(after) == ["a", "b", "c"] and after["a"]["free"].texts == before["a"]["free"].texts
+    assert list(after) == ["a", "b", "c"]
+    assert len(list(folder.iterdir())) == 2
+    assert after["a"]["free"].texts == before["a"]["free"].texts
     assert len(after["c"]["inside"].texts) == sampling.SAMPLES and after["c"]["inside"].states.shape[1] == 32
 
 

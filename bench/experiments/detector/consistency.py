@@ -41,8 +41,8 @@ def main() -> None:
     result: dict[str, Any] = json.loads(path.read_text())["sets"] if path.exists() else {}
     embed = sentence_encoder()
     for name in arguments.sets:
-        answers = [a for a in read_answers(arguments.cache / name) if a.split == "test" and a.item.strict]
         samples = read_samples(arguments.cache / name)
+        answers = [one for one in read_answers(arguments.cache / name) if one.item.key in samples]
         scores = score(answers, samples, embed)
         for place, rows, labels in comparisons(name, answers):
             some = [answers[row] for row in rows]
@@ -53,16 +53,17 @@ def main() -> None:
 
 
 def comparisons(name: str, answers: list[Answer]) -> list[tuple[str, list[int], Array]]:
-    """What is told from what: its place in the results, rows and labels."""
+    """What is told from what, where all was sampled: its place in the results, rows and labels."""
     if name != "passage":
         return [(name, list(range(len(answers))), np.array([float(one.label) for one in answers]))]
-    found = []
+    of_kind = {kind: [i for i, one in enumerate(answers) if one.item.kind == kind] for kind in ("own", *KINDS)}
+    wrong = np.array([float(not holds_gold(answers[i])) for i in of_kind["own"]])
+    found = [("passage/own errors", of_kind["own"], wrong)]
     for kind in KINDS:
-        rows = [i for i, one in enumerate(answers) if one.item.kind in ("own", kind)]
-        found.append((f"passage/{kind}", rows, np.array([float(answers[i].label) for i in rows])))
-    own = [i for i, one in enumerate(answers) if one.item.kind == "own"]
-    wrong = np.array([float(not holds_gold(answers[i])) for i in own])
-    return [*found, ("passage/own errors", own, wrong)]
+        if len(of_kind[kind]) == len(of_kind["own"]):
+            rows = sorted(of_kind["own"] + of_kind[kind])
+            found.append((f"passage/{kind}", rows, np.array([float(answers[i].label) for i in rows])))
+    return found
 
 
 def score(

@@ -5,13 +5,11 @@ On the test part, as descriptions: nothing is chosen from them. What is in the r
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.experiments.detector.baselines import LAYERS, averaged, baselines
@@ -20,6 +18,7 @@ from bench.experiments.detector.metrics import auroc, auroc_with_interval, hits_
 from bench.experiments.detector.probes import Scored, probe
 from bench.experiments.detector.recurrent import SEEDS, track
 from bench.experiments.detector.report import prepared, result_path, write
+from bench.experiments.detector.sampling import read_samples
 from bench.experiments.detector.tried import VARIANTS, only_layers
 
 WINDOWS = (8, 16, 32, 64)
@@ -87,23 +86,29 @@ def of_sequences(data: Data, sequences: list[Tensor]) -> dict[str, Any]:
 
 
 def of_layer(data: Data, layer: int) -> dict[str, Any]:
-    """One layer's descriptors (the embedding has none), and its mean hidden state."""
-    states = data.mean[:, layer].numpy()
-    regression = probe(states, data.labels, data.where("train"), data.where("validation"))
-    found = of_sequences(data, only_layers(data, [layer])) if layer else {}
-    return found | {"mean hidden state": area(data, regression)}
+    """One layer's averaged descriptors (the embedding has none), and its mean hidden state; both regressions."""
+    tables = {"mean hidden state": data.mean[:, layer].numpy()}
+    if layer:
+        tables["24 descriptors"] = averaged(only_layers(data, [layer]))
+    train, validation = data.where("train"), data.where("validation")
+    return {name: area(data, probe(table, data.labels, train, validation)) for name, table in tables.items()}
 
 
-def area(data: Data, scored: Scored) -> list[float]:
-    rows = data.where("test")
+def area(data: Data, scored: Scored, wanted: Container[str] | None = None) -> list[float]:
+    """On the test part, or on its items of these keys."""
+    rows = [row for row in data.where("test") if wanted is None or data.keys[row] in wanted]
     return auroc_with_interval(scored.values[rows], data.labels[rows], [data.groups[row] for row in rows])
 
 
 def roc(data: Data, scored: Scored) -> dict[str, Any]:
-    """Share of wrong answers found at 0, 1, … 100 % false alarms."""
+    """Share of wrong answers found at 0, 1, … 100 % false alarms; and the AUROC on what was sampled."""
     rows = data.where("test")
-    hits: NDArray[np.float64] = hits_at(scored.values[rows], data.labels[rows], FALSE_ALARMS)
-    return {"auroc": area(data, scored), "hits": [round(float(share), 4) for share in hits]}
+    hits = hits_at(scored.values[rows], data.labels[rows], FALSE_ALARMS)
+    return {
+        "auroc": area(data, scored),
+        "auroc where sampled": area(data, scored, read_samples(data.folder)),
+        "hits": [round(float(share), 4) for share in hits],
+    }
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def main() -> None:
 
     FOLDER.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        for name, (make, size) in FIGURES.items():
-            figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+        for name, (make, size, panels) in FIGURES.items():
+            figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", sharey=True)
             make(axes)
             figure.savefig(path_of(name), metadata={"Date": None})
             pyplot.close(figure)
@@ -96,42 +96,44 @@ def windows(axes: Any) -> None:
 
 def layers(axes: Any) -> None:
     curves = result("curves")["layer"]
-    blocks = {layer: int(layer.removeprefix("layer")) + 1 if layer != "embedding" else 0 for layer in LAYERS}
-    probes = [(blocks[layer], curves[layer]["mean hidden state"]) for layer in LAYERS]
-    regressions = [(blocks[layer], curves[layer]["logistic regression"]) for layer in LAYERS[1:]]
-    for points, name, colour in (
-        (probes, "mean hidden state, logistic regression", COLOURS[0]),
-        (regressions, "24 descriptors, logistic regression", COLOURS[1]),
-    ):
+    blocks = {layer: 0 if layer == "embedding" else int(layer.removeprefix("layer")) + 1 for layer in LAYERS}
+    for name, colour in (("mean hidden state", COLOURS[0]), ("24 descriptors", COLOURS[1])):
+        points = [(blocks[layer], curves[layer][name]) for layer in LAYERS if name in curves[layer]]
         places = [place for place, _ in points]
         axes.plot(places, [one[0] for _, one in points], "o-", color=colour, markersize=3, linewidth=1.2, label=name)
-        axes.fill_between(
-            places, [one[1] for _, one in points], [one[2] for _, one in points], color=colour, alpha=0.15, linewidth=0
-        )
-    places = [blocks[layer] for layer in LAYERS[1:]]
-    seeds = [curves[layer]["seeds"] for layer in LAYERS[1:]]
-    middle = [sum(one) / len(one) for one in seeds]
-    axes.plot(places, middle, "s-", color=COLOURS[2], markersize=3, linewidth=1.2, label="24 descriptors, GRU")
-    axes.fill_between(places, [*map(min, seeds)], [*map(max, seeds)], color=COLOURS[2], alpha=0.25, linewidth=0)
+        low, high = ([one[end] for _, one in points] for end in (1, 2))
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(0.5, **CHANCE)
     axes.set(xlabel="block whose output is watched (0: the embedding)", ylabel="AUROC", xticks=[*blocks.values()])
-    axes.legend(fontsize=7, title="bands: 95 % of bootstrap draws; GRU: three seeds", title_fontsize=7)
+    title = "logistic regression on one layer;\nbands: 95 % of bootstrap draws"
+    axes.legend(fontsize=7, title=title, title_fontsize=7)
 
 
 def permuted(axes: Any) -> None:
-    bars(axes, result("importance")["sets"]["qa"]["permuted"], "AUROC lost when exchanged between replies")
+    per_set(axes, "permuted", "AUROC lost when exchanged")
 
 
 def left_out(axes: Any) -> None:
-    bars(axes, result("importance")["sets"]["dialogue"]["left out"], "AUROC lost when left out of the training")
+    per_set(axes, "left out", "AUROC lost when left out of training")
 
 
-def bars(axes: Any, table: dict[str, dict[str, list[float]]], label: str) -> None:
-    """Least on top, GRU and regression side by side."""
-    names = sorted(table, key=lambda name: table[name]["GRU"][0])
-    for shift, method, colour in ((-0.2, "GRU", COLOURS[0]), (0.2, "logistic regression", COLOURS[1])):
+def per_set(axes: Any, kind: str, label: str) -> None:
+    """One panel for each set, rows in the order of the first's GRU, most on top."""
+    sets = result("importance")["sets"]
+    first = next(iter(sets.values()))[kind]
+    names = sorted(first, key=lambda name: first[name]["GRU"][0])
+    for panel, (name, one) in zip(axes, sets.items(), strict=True):
+        bars(panel, names, one[kind])
+        areas = ", ".join(f"{method} {area:.3f}" for method, area in one["auroc"].items())
+        panel.set_title(f"{name}\n(whole: {areas})", fontsize=7)
+        panel.set_xlabel(label)
+    axes[0].legend(fontsize=6, title="bars: 95 % of bootstrap draws", title_fontsize=6, loc="lower right")
+
+
+def bars(axes: Any, names: list[str], table: dict[str, dict[str, list[float]]]) -> None:
+    for shift, method, colour in ((0.2, "GRU", COLOURS[0]), (-0.2, "logistic regression", COLOURS[1])):
         values = [table[name][method] for name in names]
-        reach = [[v - low for v, low, _ in values], [high - v for v, _, high in values]]
+        reach = [[max(v - low, 0) for v, low, _ in values], [max(high - v, 0) for v, _, high in values]]
         axes.barh(
             [place + shift for place in range(len(names))],
             [one[0] for one in values],
@@ -143,17 +145,15 @@ def bars(axes: Any, table: dict[str, dict[str, list[float]]], label: str) -> Non
         )
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=7)
-    axes.set_xlabel(label)
-    axes.legend(fontsize=7, title="bars: 95 % of bootstrap draws", title_fontsize=7, loc="lower right")
 
 
-FIGURES: dict[str, tuple[Callable[[Any], None], tuple[float, float]]] = {
-    "roc": (roc, (5.2, 4.8)),
-    "tokens": (tokens, (5.2, 3.6)),
-    "windows": (windows, (5.2, 3.6)),
-    "layers": (layers, (5.2, 3.6)),
-    "permuted": (permuted, (5.2, 5.6)),
-    "left-out": (left_out, (5.2, 3.0)),
+FIGURES: dict[str, tuple[Callable[[Any], None], tuple[float, float], int]] = {  # what draws, inches, panels
+    "roc": (roc, (5.2, 4.8), 1),
+    "tokens": (tokens, (5.2, 3.6), 1),
+    "windows": (windows, (5.2, 3.6), 1),
+    "layers": (layers, (5.2, 3.6), 1),
+    "permuted": (permuted, (7.2, 5.6), 2),
+    "left-out": (left_out, (7.2, 2.8), 2),
 }
 
 

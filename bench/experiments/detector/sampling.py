@@ -23,6 +23,7 @@ from bench.experiments.detector.extract import default_cache
 from bench.experiments.detector.items import Item, draw, split_of
 from bench.experiments.detector.reading import NEW_TOKENS, padded
 from bench.experiments.detector.sets import SETS
+from bench.experiments.detector.store import keys_of
 from eigentrack.loading import demo_model, load_causal_lm
 from eigentrack.taps import end_tokens_of, find_blocks
 
@@ -40,6 +41,7 @@ class Way:
 
 WAYS = {"free": Way(1.0), "inside": Way(0.5, 5, 0.99)}  # SelfCheckGPT's, and INSIDE's (arXiv 2402.03744)
 WANTED = {"passage": ("free", "inside"), "dialogue": ("free",)}  # twins share their prompt: INSIDE cannot differ
+DIALOGUES = 50  # with the own and the matched questions of 100 passages, 300 answers
 
 
 @dataclass(frozen=True)
@@ -64,25 +66,35 @@ def main() -> None:
     model, tokenizer = load_causal_lm(demo_model())
     sampler = Sampler(model)
     for name in arguments.sets:
-        items = [item for item in SETS[name](tokenizer) if item.strict and split_of(item.group) == "test"]
+        items = chosen_items(name, SETS[name](tokenizer))
         sample_items(sampler, tokenizer, items, WANTED[name], arguments.cache / name / "samples", name)
+
+
+def chosen_items(name: str, items: list[Item]) -> list[Item]:
+    """Of the test part: the first dialogues; of all passages the own and the matched question, all own ones first."""
+    tested = [item for item in items if item.strict and split_of(item.group) == "test"]
+    if name == "dialogue":
+        return tested[:DIALOGUES]
+    return [item for kind in ("own", "matched") for item in tested if item.kind == kind]
 
 
 def sample_items(
     sampler: "Sampler", tokenizer: Any, items: list[Item], ways: tuple[str, ...], folder: Path, what: str
 ) -> None:
-    """Samples what has no shard yet."""
+    """Samples items that no shard holds yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, len(items), SHARD), desc=f"sampling {what}", unit="shard"):
-        path = folder / f"{start:05d}.safetensors"
-        if not path.exists():
-            some = items[start : start + SHARD]
-            tokens, states = _of_shard(sampler, tokenizer, some, ways)
-            texts = [[[tokenizer.decode(one) for one in group] for group in item] for item in tokens]
-            header = {"keys": [item.key for item in some], "ways": ways, "texts": texts}
-            partial = path.with_suffix(f".partial-{os.getpid()}")
-            save_file({"states": states}, partial, {name: json.dumps(value) for name, value in header.items()})
-            partial.rename(path)
+    shards = sorted(folder.glob("*.safetensors"))
+    known = {key for shard in shards for key in keys_of(shard)}
+    missing = [item for item in items if item.key not in known]
+    for start in tqdm(range(0, len(missing), SHARD), desc=f"sampling {what}", unit="shard"):
+        some = missing[start : start + SHARD]
+        tokens, states = _of_shard(sampler, tokenizer, some, ways)
+        texts = [[[tokenizer.decode(one) for one in group] for group in item] for item in tokens]
+        header = {"keys": [item.key for item in some], "ways": ways, "texts": texts}
+        path = folder / f"{len(known) + start:05d}.safetensors"
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        save_file({"states": states}, partial, {name: json.dumps(value) for name, value in header.items()})
+        partial.rename(path)
 
 
 def _of_shard(
