@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from bench.experiments.detector import consistency, sampling
 from bench.experiments.detector.items import Item
 from bench.experiments.detector.sampling import Sampler, Way, chosen_token
+from bench.experiments.detector.store import Answer
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
 GREEDY, FREE = Way(1.0, 1), Way(1.0)
@@ -134,3 +135,18 @@ def test_an_answer_like_the_samples_is_less_risky() -> None:
 
     assert consistency.unlike("a", ["a", "b"], embed) == pytest.approx(0.2)
     assert consistency.unlike("c", ["a", "b"], embed) == pytest.approx(0.6)
+
+
+def test_a_comparison_needs_all_its_answers() -> None:
+    def answer(key: str, kind: str, text: str) -> Any:
+        item = Item(f"{key}:{kind}", key, "", (), (int(kind != "own"),), kind, gold="Rome")
+        empty = torch.zeros(0)
+        return Answer(0, item, 0, item.labels[0], "test", text, empty, empty, empty, empty, empty, empty)
+
+    own = [answer("a", "own", "It is Rome."), answer("b", "own", "Paris")]
+    partly = [*own, answer("a", "matched", "No"), answer("b", "matched", "No"), answer("a", "random", "No")]
+    found = {place: (rows, labels.tolist()) for place, rows, labels in consistency.comparisons("passage", partly)}
+    assert found == {
+        "passage/own errors": ([0, 1], [0.0, 1.0]),
+        "passage/matched": ([0, 1, 2, 3], [0.0, 0.0, 1.0, 1.0]),
+    }

@@ -18,7 +18,7 @@ from bench.experiments.detector.metrics import auroc, auroc_with_interval, hits_
 from bench.experiments.detector.probes import Scored, probe
 from bench.experiments.detector.recurrent import SEEDS, track
 from bench.experiments.detector.report import prepared, result_path, write
-from bench.experiments.detector.sampling import read_samples
+from bench.experiments.detector.sampling import DIALOGUES
 from bench.experiments.detector.tried import VARIANTS, only_layers
 
 WINDOWS = (8, 16, 32, 64)
@@ -106,7 +106,7 @@ def roc(data: Data, scored: Scored) -> dict[str, Any]:
     hits = hits_at(scored.values[rows], data.labels[rows], FALSE_ALARMS)
     return {
         "auroc": area(data, scored),
-        "auroc where sampled": area(data, scored, read_samples(data.folder)),
+        "auroc where sampled": area(data, scored, list(dict.fromkeys(data.keys[row] for row in rows))[:DIALOGUES]),
         "hits": [round(float(share), 4) for share in hits],
     }
 
