@@ -54,6 +54,22 @@ def sampled(curves: dict[str, Any]) -> str:
     return markdown(["method", f"AUROC [95 %], {here['answers']} answers"], rows)
 
 
+def combined(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            one["best probe"],
+            interval(one["probe"]["auroc"]),
+            interval(one["with it"]["auroc"]),
+            " ".join(f"{area:.3f}" for area in one["seeds"]),
+            "; ".join(interval(each, "+") for each in one["minus best probe"]),
+        ]
+        for name, one in result["sets"].items()
+    ]
+    head = ["set", "best probe", "its AUROC [95 %]", "with the GRU", "seeds", "minus best probe, each seed"]
+    return markdown(head, rows)
+
+
 def _sampled() -> dict[str, Any]:
     sets: dict[str, Any] = json.loads(result_path("sampling").read_text(encoding="utf-8"))["sets"]
     return sets
@@ -193,6 +209,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "strange": strange,
     "paper": paper,
     "sampled": sampled,
+    "combined": combined,
 }
 
 

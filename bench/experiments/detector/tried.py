@@ -18,7 +18,7 @@ from bench.experiments.detector import directions, subspaces, vectors
 from bench.experiments.detector.baselines import LAYERS, averaged
 from bench.experiments.detector.data import Data
 from bench.experiments.detector.metrics import auroc
-from bench.experiments.detector.probes import Scored, probe
+from bench.experiments.detector.probes import Scored, probe, together
 from bench.experiments.detector.recurrent import SEEDS, shuffled_in_time, track
 from bench.experiments.detector.report import prepared, result_path, write
 from bench.experiments.detector.windows import SETTINGS
@@ -103,15 +103,11 @@ VARIANTS: dict[str, Callable[[Data], list[Tensor]]] = {
 
 
 def with_best_probe(data: Data) -> dict[str, Any]:
-    """Everything in a GRU, and the best probe beside it: the mean of both scores, in deviations over validation."""
+    """Everything in a GRU, and the best probe beside it."""
     train, validation = data.where("train"), data.where("validation")
-
-    def scaled(scored: Scored) -> Any:
-        return scored.values / scored.values[validation].std()
-
-    beside = scaled(probe(data.mean.flatten(1).numpy(), data.labels, train, validation))
+    beside = probe(data.mean.flatten(1).numpy(), data.labels, train, validation)
     sequences = with_probe(data)
-    runs = [scaled(track(data, sequences, seed=seed)) + beside for seed in SEEDS]
+    runs = [together(track(data, sequences, seed=seed), beside, data.labels, validation).values for seed in SEEDS]
     return row(data, sequences[0].shape[1], runs, None)
 
 
@@ -153,12 +149,12 @@ def row(data: Data, features: int, runs: list[Any], regression: Scored | None) -
     """Scores (n,) of three trainings, and their mean."""
     validation = data.where("validation")
     areas = [float(auroc(one[validation], data.labels[validation])) for one in runs]
-    together = float(auroc(np.mean(runs, 0)[validation], data.labels[validation]))
+    mean = float(auroc(np.mean(runs, 0)[validation], data.labels[validation]))
     return {
         "features": features,
         "gru": round(float(np.mean(areas)), 3),
         "seeds": [round(area, 3) for area in areas],
-        "seeds together": round(together, 3),
+        "seeds together": round(mean, 3),
         "logistic regression": round(regression.validation, 3) if regression else None,
     }
 
