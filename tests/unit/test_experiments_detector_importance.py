@@ -1,8 +1,7 @@
-"""What descriptors give, subspaces of training answers, and the pictures: on small cases with known answers."""
+"""What descriptors give, principal directions, and the pictures: on small cases with known answers."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from bench.experiments.detector import figures, importance, subspaces
+from bench.experiments.detector import directions, figures, importance
 from bench.experiments.detector.items import Item, split_of
 from bench.experiments.detector.store import Answer
 from rmtkernels import DESCRIPTORS
@@ -58,53 +57,22 @@ def test_what_carries_the_label_is_lost_when_exchanged() -> None:
     assert importance.lost([whole], [[whole]], labels, groups) == [0.0, 0.0, 0.0]
 
 
-@pytest.fixture(scope="module")
-def data() -> Any:
-    """Wrong tokens spread along the first axis, right ones along the second; no mean tells them apart."""
+def test_principal_directions_are_those_of_training_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.experiments.detector.data import Data
 
+    monkeypatch.setattr(directions, "COMPONENTS", 2)
     answers = []
-    for row in range(120):
-        label, generator = row % 2, torch.Generator().manual_seed(row)
-        hidden = torch.randn(6, LAYERS, 24, generator=generator)
-        hidden[..., 1 - label] *= 3
-        item = Item(str(row // 2), str(row // 2), "", ("", ""), (0, 1))
-        empty = torch.zeros(6, 4)
-        answers.append(
-            Answer(row, item, label, label, split_of(item.group), "", hidden, empty, empty[:, 0], empty, empty, empty)
-        )
-    states = torch.stack([one.hidden.mean(0) for one in answers])
-    return Data("", Path(), answers, [one.choice for one in answers], states, states, states)
-
-
-def test_likelihoods_see_what_no_direction_sees(data: Any) -> None:
-    found = [rows.mean() for rows in subspaces.likelihoods(data)]
-    test = data.where("test")
-    wrong, right = ([float(found[i]) for i in test if data.labels[i] == label] for label in (1, 0))
-    assert min(np.mean(wrong), -np.mean(right)) > 0
-
-
-def test_likelihoods_of_a_training_answer_do_not_know_it(data: Any) -> None:
-    from dataclasses import replace
-
-    changed = int(data.where("train")[0])
-    answers = list(data.answers)
-    answers[changed] = replace(answers[changed], label=1 - answers[changed].label)
-    before, after = subspaces.likelihoods(data), subspaces.likelihoods(replace(data, answers=answers))
-    assert torch.equal(before[changed], after[changed])
-    test = int(data.where("test")[0])
-    assert not torch.equal(before[test], after[test]), "it is in the fit for others"
-
-
-def test_leading_directions_against_a_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subspaces, "LEADING", 2)
-    monkeypatch.setattr(subspaces, "WINDOW", 4)
-    rows, basis = torch.randn(1, 6, 12), torch.linalg.qr(torch.randn(1, 12, 3)).Q
-    window = rows[0, 2:] - rows[0, 2:].mean(0)
-    _, sizes, directions = torch.linalg.svd(window, full_matrices=False)
-    inside = (directions[:2] @ basis[0]).square().sum(1)
-    wanted = torch.stack([inside.mean(), (inside * sizes[:2] ** 2).sum() / (sizes[:2] ** 2).sum()])
-    torch.testing.assert_close(subspaces._leading(rows, basis)[5], wanted, rtol=1e-4, atol=1e-5)
+    for row in range(20):
+        item, empty = Item(str(row), str(row), "", ("",), (0,)), torch.zeros(6, 4)
+        hidden = torch.randn(6, LAYERS, 5, generator=torch.Generator().manual_seed(row))
+        known = (item, 0, 0, split_of(item.group), "")
+        answers.append(Answer(row, *known, hidden, empty, empty[:, 0], empty, empty, empty))
+    data = Data("", Path(), answers, [], torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    rows = [(one.hidden / one.hidden.square().mean(2, keepdim=True).sqrt()).flatten(1) for one in answers]
+    train = torch.cat([rows[i] for i in data.where("train")])
+    leading = torch.linalg.svd(train - train.mean(0), full_matrices=False)[2][:2]
+    wanted = ((rows[0] - train.mean(0)) @ leading.T).abs()
+    torch.testing.assert_close(directions.principal(data, [0, 1])[0].abs().flip(1), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_pictures_are_those_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from bench.experiments.detector.store import Answer
 from bench.experiments.detector.vectors import normalised
 
 FOLDS = 5
+COMPONENTS = 64  # principal directions
 
 
 @dataclass
@@ -111,6 +112,16 @@ def of_hidden_together(data: Data, layers: list[int], **options: Any) -> list[Te
     """(A, 1): one direction for these layers side by side."""
     rows = [normalised(answer.hidden[:, layers]).flatten(1)[:, None] for answer in data.answers]
     return directions(data, rows, **options)
+
+
+def principal(data: Data, layers: list[int]) -> list[Tensor]:
+    """(A, COMPONENTS): coordinates of these layers, side by side, along the principal directions of training tokens."""
+    rows = [normalised(answer.hidden[:, layers]).flatten(1) for answer in data.answers]
+    total = Moments.of(torch.cat([rows[i] for i in data.where("train")])[:, None])
+    _, vectors = torch.linalg.eigh(total.scatter[0])
+    leading = vectors[:, -COMPONENTS:].float()
+    mean = total.mean[0].float()
+    return [(row - mean) @ leading for row in rows]
 
 
 def of_features(data: Data, features: list[Tensor], **options: Any) -> list[Tensor]:

@@ -90,7 +90,7 @@ def windows(axes: Any) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(WINDOWS, [str(window) for window in WINDOWS])
     axes.minorticks_off()
-    axes.set(xlabel="window N (tokens)", ylabel="AUROC")
+    axes.set(xlabel="window N (tokens)", ylabel="AUROC", ylim=(0.48, 0.8))
     axes.legend(fontsize=7, title="bars: three seeds (GRU), 95 % of bootstrap draws (regression)", title_fontsize=7)
 
 
@@ -144,6 +144,7 @@ def bars(axes: Any, names: list[str], table: dict[str, dict[str, list[float]]]) 
             label=method,
         )
     axes.axvline(0, color="0.3", linewidth=0.8)
+    axes.locator_params(axis="x", nbins=4)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=7)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.experiments.detector import directions, subspaces, vectors
+from bench.experiments.detector import directions, vectors
 from bench.experiments.detector.baselines import LAYERS, averaged
 from bench.experiments.detector.data import Data
 from bench.experiments.detector.metrics import auroc
@@ -92,10 +92,7 @@ VARIANTS: dict[str, Callable[[Data], list[Tensor]]] = {
     "directions of both, and one each for descriptors and subspaces": with_vectors,
     "probe of means so far, all layers": directions.probe_so_far,
     "these, and the probe of means so far": with_probe,
-    "leading directions of the window, in the subspace of right answers": subspaces.leading_in_reference,
-    "likelihood of right and of wrong answers' subspaces": subspaces.likelihoods,
-    "… with directions of both": lambda data: vectors.joined(subspaces.likelihoods(data), of_tokens_and_means(data)),
-    "64 principal directions of layers 11 to 20, without labels": lambda data: subspaces.principal(data, MIDDLE),
+    "64 principal directions of layers 11 to 20, without labels": lambda data: directions.principal(data, MIDDLE),
     "lookback ratios (attention)": vectors.lookback,
     "directions, subspaces, and one direction for lookback ratios": with_attention,
     "all of these and the probe": lambda data: vectors.joined(with_attention(data), directions.probe_so_far(data)),
@@ -112,10 +109,7 @@ def with_best_probe(data: Data) -> dict[str, Any]:
 
 
 RUNS: dict[str, Callable[[Data], dict[str, Any]]] = {
-    "these, and the probe of means so far; 64 units for 16": lambda data: judge(
-        data, with_probe(data), hidden=64, projection=64
-    ),
-    "… the mean of that GRU (16 units) and the best probe": with_best_probe,
+    "the mean of that GRU and the best probe": with_best_probe,
 }
 
 
@@ -138,9 +132,9 @@ def main() -> None:
             print(name, rows[name], flush=True)
 
 
-def judge(data: Data, sequences: list[Tensor], **options: int) -> dict[str, Any]:
-    """AUROC on validation. Options go to `track`."""
-    tracked = [track(data, sequences, seed=seed, **options) for seed in SEEDS]
+def judge(data: Data, sequences: list[Tensor]) -> dict[str, Any]:
+    """AUROC on validation."""
+    tracked = [track(data, sequences, seed=seed) for seed in SEEDS]
     regression = probe(averaged(sequences), data.labels, data.where("train"), data.where("validation"))
     return row(data, sequences[0].shape[1], [one.values for one in tracked], regression)
 
