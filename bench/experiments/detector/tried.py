@@ -109,7 +109,7 @@ def with_best_probe(data: Data) -> dict[str, Any]:
 
 
 RUNS: dict[str, Callable[[Data], dict[str, Any]]] = {
-    "the mean of that GRU and the best probe": with_best_probe,
+    "the mean of the GRU with 26 numbers and the best probe": with_best_probe,
 }
 
 
