@@ -26,6 +26,9 @@ def test_figures_are_those_of_scikit_learn(scored: tuple[np.ndarray, np.ndarray]
     assert metrics.precision_area(scores, labels) == pytest.approx(average_precision_score(labels, scores))
     assert metrics.f1(scores, labels, 0.5) == pytest.approx(f1_score(labels, scores >= 0.5))
     false_rate, true_rate, _ = roc_curve(labels, scores, drop_intermediate=False)
+    at = [0.0, 0.03, 0.5, 1.0]
+    upper = [true_rate[false_rate <= one].max() for one in false_rate]
+    assert metrics.hits_at(scores, labels, at) == pytest.approx(np.interp(at, false_rate, upper))
     assert metrics.false_alarms_at(scores, labels) == pytest.approx(false_rate[true_rate >= 0.95][0])
 
 

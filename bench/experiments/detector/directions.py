@@ -19,6 +19,7 @@ from bench.experiments.detector.store import Answer
 from bench.experiments.detector.vectors import normalised
 
 FOLDS = 5
+COMPONENTS = 64  # principal directions
 
 
 @dataclass
@@ -63,24 +64,43 @@ def directions(
     """
     if cumulative:
         rows = [row.cumsum(0) / torch.arange(1, len(row) + 1)[:, None, None] for row in rows]
+    taught = different_tokens(data.answers, data.where("train").tolist()) if differing else None
+    moments = moments_by_fold(data, rows, taught)
+    fitted = {fold: discriminant(right, wrong, shrinkage) for fold, (right, wrong) in moments.items()}
+    found = []
+    for i, row in enumerate(rows):
+        weights, offsets = fitted[fold_of(data, i)]
+        found.append((row * weights).sum(2) - offsets)
+    return found
+
+
+def fold_of(data: Data, row: int) -> int:
+    """Which of the fits an answer gets its values from: FOLDS if it is not for training, which is the fit on all."""
+    return int(draw(f"fold {data.groups[row]}") * FOLDS) if data.answers[row].split == "train" else FOLDS
+
+
+def moments_by_fold(
+    data: Data, rows: list[Tensor], taught: dict[int, Tensor] | None = None
+) -> dict[int, tuple[Moments, Moments]]:
+    """Of right and of wrong training answers outside each fold, and of all as the last; of the tokens `taught`."""
     train = data.where("train").tolist()
-    taught = different_tokens(data.answers, train) if differing else {i: torch.ones(len(rows[i])).bool() for i in train}
-    folds = {i: int(draw(f"fold {data.groups[i]}") * FOLDS) for i in train}
+    folds = {i: fold_of(data, i) for i in train}
     moments = {
         (fold, label): Moments.of(
-            torch.cat([rows[i][taught[i]] for i in train if folds[i] == fold and data.answers[i].label == label])
+            torch.cat(
+                [
+                    rows[i][taught[i]] if taught else rows[i]
+                    for i in train
+                    if folds[i] == fold and data.answers[i].label == label
+                ]
+            )
         )
         for fold in range(FOLDS)
         for label in (0, 1)
     }
-    total = [_added([moments[fold, label] for fold in range(FOLDS)]) for label in (0, 1)]
-    fitted = [discriminant(total[0] - moments[f, 0], total[1] - moments[f, 1], shrinkage) for f in range(FOLDS)]
-    fitted.append(discriminant(*total, shrinkage))
-    found = []
-    for i, row in enumerate(rows):
-        weights, offsets = fitted[folds.get(i, FOLDS)]
-        found.append((row * weights).sum(2) - offsets)
-    return found
+    right, wrong = (_added([moments[fold, label] for fold in range(FOLDS)]) for label in (0, 1))
+    found = {fold: (right - moments[fold, 0], wrong - moments[fold, 1]) for fold in range(FOLDS)}
+    return found | {FOLDS: (right, wrong)}
 
 
 def of_hidden(data: Data, layers: list[int], **options: Any) -> list[Tensor]:
@@ -92,6 +112,16 @@ def of_hidden_together(data: Data, layers: list[int], **options: Any) -> list[Te
     """(A, 1): one direction for these layers side by side."""
     rows = [normalised(answer.hidden[:, layers]).flatten(1)[:, None] for answer in data.answers]
     return directions(data, rows, **options)
+
+
+def principal(data: Data, layers: list[int]) -> list[Tensor]:
+    """(A, COMPONENTS): coordinates of these layers, side by side, along the principal directions of training tokens."""
+    rows = [normalised(answer.hidden[:, layers]).flatten(1) for answer in data.answers]
+    total = Moments.of(torch.cat([rows[i] for i in data.where("train")])[:, None])
+    _, vectors = torch.linalg.eigh(total.scatter[0])
+    leading = vectors[:, -COMPONENTS:].float()
+    mean = total.mean[0].float()
+    return [(row - mean) @ leading for row in rows]
 
 
 def of_features(data: Data, features: list[Tensor], **options: Any) -> list[Tensor]:

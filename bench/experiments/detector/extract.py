@@ -18,7 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from bench.experiments.detector.items import Item
 from bench.experiments.detector.reading import Reader
 from bench.experiments.detector.sets import SETS
-from bench.experiments.detector.store import write_items
+from bench.experiments.detector.store import keys_of, write_items
 from eigentrack.loading import cache_dir, demo_model, load_causal_lm
 
 SHARD, BATCH = 32, 8
@@ -45,11 +45,11 @@ def default_cache() -> Path:
 
 
 def extract(reader: Reader, tokenizer: Any, items: list[Item], folder: Path, what: str) -> None:
-    """Reads what has no shard yet."""
+    """Reads what has no shard yet; a shard of fewer items, from when there were no more, is read again."""
     for start in tqdm(range(0, len(items), SHARD), desc=what, unit="shard"):
         path = folder / f"{start:05d}.safetensors"
-        if not path.exists():
-            some = items[start : start + SHARD]
+        some = items[start : start + SHARD]
+        if not path.exists() or len(keys_of(path)) < len(some):
             tensors, texts = read_items(reader, tokenizer, some)
             partial = path.with_suffix(f".partial-{os.getpid()}")
             save_file(tensors, partial, {"keys": json.dumps([item.key for item in some]), "answers": json.dumps(texts)})

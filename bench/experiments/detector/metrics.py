@@ -64,6 +64,16 @@ def false_alarms_at(scores: Array, labels: Array, found: float = 0.95) -> float:
     return float((scores[labels == 0] >= threshold).mean())
 
 
+def hits_at(scores: Array, labels: Array, false_alarms: list[float]) -> Array:
+    """The share of positives found at such shares of negatives: the ROC curve, straight through ties."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.concatenate([scores[order][1:] != scores[order][:-1], [True]])
+    hits = np.concatenate([[0.0], labels[order].cumsum()[last] / labels.sum()])
+    alarms = np.concatenate([[0.0], (1 - labels[order]).cumsum()[last] / (1 - labels).sum()])
+    upper = np.concatenate([alarms[1:] != alarms[:-1], [True]])  # where the curve is upright, its upper end counts
+    return np.interp(false_alarms, alarms[upper], hits[upper])
+
+
 def f1(scores: Array, labels: Array, threshold: float) -> float:
     flagged = scores >= threshold
     return float(2 * (flagged & (labels == 1)).sum() / max(flagged.sum() + labels.sum(), 1))

@@ -30,7 +30,49 @@ def table(name: str) -> str:
     kind, place = name.split(" ", 1)
     file, _, part = place.partition("/")
     result = json.loads(result_path(file).read_text(encoding="utf-8"))
+    if kind in ("methods", "paper"):
+        add_sampled(result, file)
     return TABLES[kind](result[part] if part else result)
+
+
+def add_sampled(result: dict[str, Any], file: str) -> None:
+    """Puts the methods that sample beside the others, where they have judged the same test part."""
+    for place, one in _sampled().items():
+        name, _, part = place.partition("/")
+        if name == file:
+            compared = result[part] if part else result
+            if one["answers"] == compared["counts"]["test"]["answers"]:
+                compared["methods"] |= one["methods"]
+
+
+def sampled(curves: dict[str, Any]) -> str:
+    """All that was judged on the dialogues that were sampled."""
+    here = _sampled()["dialogue"]
+    areas = {name: one["auroc where sampled"] for name, one in curves["roc"].items()}
+    areas |= {name: one["auroc"] for name, one in here["methods"].items()}
+    rows = [[name, interval(one)] for name, one in sorted(areas.items(), key=lambda item: -item[1][0])]
+    return markdown(["method", f"AUROC [95 %], {here['answers']} answers"], rows)
+
+
+def combined(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            one["best probe"],
+            interval(one["probe"]["auroc"]),
+            interval(one["with it"]["auroc"]),
+            " ".join(f"{area:.3f}" for area in one["seeds"]),
+            "; ".join(interval(each, "+") for each in one["minus best probe"]),
+        ]
+        for name, one in result["sets"].items()
+    ]
+    head = ["set", "best probe", "its AUROC [95 %]", "with the GRU", "seeds", "minus best probe, each seed"]
+    return markdown(head, rows)
+
+
+def _sampled() -> dict[str, Any]:
+    sets: dict[str, Any] = json.loads(result_path("sampling").read_text(encoding="utf-8"))["sets"]
+    return sets
 
 
 def methods(result: dict[str, Any]) -> str:
@@ -43,7 +85,7 @@ def methods(result: dict[str, Any]) -> str:
         seeds = " ".join(f"{area:.3f}" for area in one.get("seeds", []))
         pairs = one["pairs right"]
         cells = [name, interval(one["auroc"]), seeds, f"{pairs:.3f}" if pairs == pairs else "", f"{one['auprc']:.3f}"]
-        cells += [f"{one[key]:.3f}" for key in ("f1", "fpr at 95 % found", "calibration error")]
+        cells += [f"{one[key]:.3f}" if key in one else "" for key in ("f1", "fpr at 95 % found", "calibration error")]
         rows.append(cells + ([interval(against[name], "+") if name in against else ""] if against else []))
     return markdown(head, rows)
 
@@ -85,7 +127,7 @@ def tried(result: dict[str, Any]) -> str:
             f"{one['gru']:.3f}",
             f"{min(one['seeds']):.3f} … {max(one['seeds']):.3f}",
             f"{one['seeds together']:.3f}",
-            f"{one['logistic regression']:.3f}",
+            "" if one["logistic regression"] is None else f"{one['logistic regression']:.3f}",
         ]
         for name, one in result["validation"].items()
     ]
@@ -129,8 +171,8 @@ PUBLISHED = {  # arXiv 2509.15735, tables I and II, LLaMa 1B
     "EigenTrack GRU with vectors": "",
     "LapEigvals": "0.785",
     "HaloScope": "0.820",
-    "INSIDE": "0.753",
-    "SelfCheckGPT": "0.739",
+    "INSIDE (EigenScore)": "0.753",
+    "SelfCheckGPT, unigram (max)": "0.739",
     "word overlap of question and passage": "",
     "last prompt token, best layer": "",
 }
@@ -166,6 +208,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "adds": adds,
     "strange": strange,
     "paper": paper,
+    "sampled": sampled,
+    "combined": combined,
 }
 
 

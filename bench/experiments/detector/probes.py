@@ -41,6 +41,12 @@ def best(candidates: list[Scored]) -> Scored:
     return max(candidates, key=lambda one: one.validation)
 
 
+def together(one: Scored, other: Scored, labels: Array, validation: NDArray[np.intp]) -> Scored:
+    """The sum of both, each divided by its deviation over validation."""
+    values = one.values / one.values[validation].std() + other.values / other.values[validation].std()
+    return judged(values, labels, validation)
+
+
 def logistic(strength: float, components: int | None = None) -> Any:
     steps: list[Any] = [StandardScaler()]
     if components:

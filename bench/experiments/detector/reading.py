@@ -39,7 +39,7 @@ class Reader:
         A prompt without answers is answered by the model.
         """
         with self._hooks():
-            ids, mask = _pad([torch.tensor(prompt) for prompt in prompts], left=True)
+            ids, mask = padded([torch.tensor(prompt) for prompt in prompts], left=True)
             output = self._forward(ids, mask, None)
             cache, last, before = output.past_key_values, output.last_hidden_state[:, -1], self._attention
             context = torch.stack(self._hidden, 2)
@@ -49,7 +49,7 @@ class Reader:
             owner = torch.tensor([index for index, some in enumerate(answers) for _ in some])
             cache.batch_select_indices(owner)
             flat = [torch.tensor(answer) for some in answers for answer in some]
-            fed, real = _pad(flat, left=False)
+            fed, real = padded(flat, left=False)
             output = self._forward(fed, torch.cat([mask[owner], real], 1), cache)
             states = torch.cat([last[owner, None], output.last_hidden_state[:, :-1]], 1)
             spectra = self._laplacians([(s[owner], d[owner]) for s, d, _ in before], mask[owner], real)
@@ -158,7 +158,7 @@ def _summarised(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return received, diagonal, torch.stack([sink, prompt], 3).transpose(1, 2)
 
 
-def _pad(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
+def padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
     """(B, T) tokens and mask."""
     length = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)

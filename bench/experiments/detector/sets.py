@@ -8,7 +8,8 @@ from typing import Any
 from bench.experiments.detector.items import Item, merge_groups, shuffled, split_of
 from bench.experiments.texts import rows
 
-PASSAGES = 200  # of the paper's protocol
+PASSAGES = 200  # of the paper's protocol, whatever their split
+TEST_PASSAGES = 100  # of its test part: the next ones in the order are for the test alone
 DOMAINS = ("bio-medical", "education", "science")
 LENGTHS = range(5, 21)  # words of a sentence in the sets that are strange or not
 STRANGE = 250  # sentences per set
@@ -56,7 +57,7 @@ def question_answering(tokenizer: Any) -> list[Item]:
     )
 
 
-def passage(tokenizer: Any, count: int = PASSAGES) -> list[Item]:
+def passage(tokenizer: Any) -> list[Item]:
     """The paper's protocol: HaluEval QA's passages with their own question, with a random one, and with one whose words
     occur in the passage as often as its own's. The model answers by itself. Other questions come from the same split.
     """
@@ -66,8 +67,11 @@ def passage(tokenizer: Any, count: int = PASSAGES) -> list[Item]:
         for name in ("train", "validation", "test")
     }
     order = sorted(everything, key=lambda row: random.Random(f"passage {row['idx']}").random())
+    tested = [row for row in order if split_of(_plain(row["knowledge"])) == "test"]
+    chosen = order[:PASSAGES]
+    chosen += [row for row in tested[:TEST_PASSAGES] if row not in chosen]
     items = []
-    for row in order[:count]:
+    for row in chosen:
         group = _plain(row["knowledge"])
         others = random.Random(f"others {row['idx']}").sample([r for r in pools[split_of(group)] if r is not row], 400)
         target = word_overlap(row["question"], row["knowledge"])

@@ -52,6 +52,13 @@ def write_items(folder: Path, items: list[Item]) -> None:
     (folder / "items.json").write_text(json.dumps([asdict(item) for item in items]), encoding="utf-8")
 
 
+def keys_of(shard: Path) -> list[str]:
+    """Of the items that a shard holds."""
+    with safe_open(shard, "pt") as file:
+        keys: list[str] = json.loads(file.metadata()["keys"])
+    return keys
+
+
 def read_answers(folder: Path) -> Iterator[Answer]:
     """All answers there are shards of.
 

@@ -18,7 +18,7 @@ from bench.experiments.detector import directions, vectors
 from bench.experiments.detector.baselines import LAYERS, averaged
 from bench.experiments.detector.data import Data
 from bench.experiments.detector.metrics import auroc
-from bench.experiments.detector.probes import probe
+from bench.experiments.detector.probes import Scored, probe, together
 from bench.experiments.detector.recurrent import SEEDS, shuffled_in_time, track
 from bench.experiments.detector.report import prepared, result_path, write
 from bench.experiments.detector.windows import SETTINGS
@@ -92,9 +92,24 @@ VARIANTS: dict[str, Callable[[Data], list[Tensor]]] = {
     "directions of both, and one each for descriptors and subspaces": with_vectors,
     "probe of means so far, all layers": directions.probe_so_far,
     "these, and the probe of means so far": with_probe,
+    "64 principal directions of layers 11 to 20, without labels": lambda data: directions.principal(data, MIDDLE),
     "lookback ratios (attention)": vectors.lookback,
     "directions, subspaces, and one direction for lookback ratios": with_attention,
     "all of these and the probe": lambda data: vectors.joined(with_attention(data), directions.probe_so_far(data)),
+}
+
+
+def with_best_probe(data: Data) -> dict[str, Any]:
+    """Everything in a GRU, and the best probe beside it."""
+    train, validation = data.where("train"), data.where("validation")
+    beside = probe(data.mean.flatten(1).numpy(), data.labels, train, validation)
+    sequences = with_probe(data)
+    runs = [together(track(data, sequences, seed=seed), beside, data.labels, validation).values for seed in SEEDS]
+    return row(data, sequences[0].shape[1], runs, None)
+
+
+RUNS: dict[str, Callable[[Data], dict[str, Any]]] = {
+    "the mean of the GRU with 26 numbers and the best probe": with_best_probe,
 }
 
 
@@ -108,26 +123,33 @@ def main() -> None:
     path = result_path(f"tried-{arguments.set}")
     rows: dict[str, Any] = json.loads(path.read_text())["validation"] if arguments.only and path.exists() else {}
     answers = {split: len(data.where(split)) for split in ("train", "validation")}
-    for name, make in VARIANTS.items():
+    runs = {name: lambda data, make=make: judge(data, make(data)) for name, make in VARIANTS.items()} | RUNS
+    for name, run in runs.items():
         if not arguments.only or name in arguments.only:
-            rows[name] = judge(data, make(data))
-            ordered = {variant: rows[variant] for variant in VARIANTS if variant in rows}
+            rows[name] = run(data)
+            ordered = {variant: rows[variant] for variant in runs if variant in rows}
             write(path, f"tried {arguments.set}", {"answers": answers, "validation": ordered})
             print(name, rows[name], flush=True)
 
 
 def judge(data: Data, sequences: list[Tensor]) -> dict[str, Any]:
     """AUROC on validation."""
-    train, validation = data.where("train"), data.where("validation")
     tracked = [track(data, sequences, seed=seed) for seed in SEEDS]
-    areas = [one.validation for one in tracked]
-    ensemble = np.mean([one.values for one in tracked], 0)
+    regression = probe(averaged(sequences), data.labels, data.where("train"), data.where("validation"))
+    return row(data, sequences[0].shape[1], [one.values for one in tracked], regression)
+
+
+def row(data: Data, features: int, runs: list[Any], regression: Scored | None) -> dict[str, Any]:
+    """Scores (n,) of three trainings, and their mean."""
+    validation = data.where("validation")
+    areas = [float(auroc(one[validation], data.labels[validation])) for one in runs]
+    mean = float(auroc(np.mean(runs, 0)[validation], data.labels[validation]))
     return {
-        "features": sequences[0].shape[1],
+        "features": features,
         "gru": round(float(np.mean(areas)), 3),
         "seeds": [round(area, 3) for area in areas],
-        "seeds together": round(float(auroc(ensemble[validation], data.labels[validation])), 3),
-        "logistic regression": round(probe(averaged(sequences), data.labels, train, validation).validation, 3),
+        "seeds together": round(mean, 3),
+        "logistic regression": round(regression.validation, 3) if regression else None,
     }
 
 

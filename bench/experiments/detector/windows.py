@@ -16,11 +16,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "window 32": {},
     "window 16": {"window": 16},
     "window 8": {"window": 8},
+    "window 64": {"window": 64},
     "whole answer": {"window": LONGEST},
     "not centred": {"center": False},
     "rows as they are": {"normalize": None},
     "noise from the trace": {"noise": "trace"},
     "joint": {"joint": "trace"},
+    "joint, window 16": {"joint": "trace", "window": 16},
+    "joint, window 8": {"joint": "trace", "window": 8},
+    "joint, window 64": {"joint": "trace", "window": 64},
 }
 
 
@@ -50,7 +54,7 @@ def cached(folder: Path, name: str, make: Callable[[Tensor, Tensor], Tensor]) ->
     found: list[Tensor] = []
     for shard in tqdm(sorted(folder.glob("*.safetensors")), desc=name, unit="shard", leave=False):
         path = kept / shard.name
-        if not path.exists():
+        if not path.exists() or path.stat().st_mtime < shard.stat().st_mtime:  # the shard was read again
             partial = path.with_suffix(".partial")
             save_file(_made(load_file(shard), make), partial)
             partial.rename(path)
