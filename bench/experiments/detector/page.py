@@ -1,4 +1,4 @@
-"""`python -m bench.experiments.detector.page`: puts the tables, made from the committed results, into docs/detector.md.
+"""`python -m bench.experiments.detector.page`: tables made from the committed results, for docs/detector.md and README.md.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -13,11 +13,13 @@ from bench.experiments.detector.report import result_path
 from bench.experiments.texts import ROOT
 
 PAGE = ROOT / "docs" / "detector.md"
+PAGES = (PAGE, ROOT / "README.md")
 BLOCK = re.compile(r"<!-- table: (.*?) -->\n(.*?)\n?<!-- end of table -->", re.DOTALL)
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def filled(page: str) -> str:
@@ -27,12 +29,42 @@ def filled(page: str) -> str:
 
 def table(name: str) -> str:
     """Of "methods dialogue", "stopping passage/random" and so on: kind, result and, within it, comparison."""
+    if name == "summary":
+        return summary()
     kind, place = name.split(" ", 1)
     file, _, part = place.partition("/")
     result = json.loads(result_path(file).read_text(encoding="utf-8"))
     if kind in ("methods", "paper"):
         add_sampled(result, file)
     return TABLES[kind](result[part] if part else result)
+
+
+SUMMARY = {  # columns of the summary: file and part of it
+    "dialogue": ("dialogue", ""),
+    "QA": ("qa", ""),
+    "HaluEval 2.0": ("facts", ""),
+    "matched question": ("passage", "matched"),
+    "random question": ("passage", "random"),
+}
+SUMMARISED = (
+    *("last prompt token, best layer", "mean embedding (layer 0)", "perplexity", "HaloScope", "LapEigvals"),
+    *("mean hidden state, all layers", "EigenTrack RNN", "EigenTrack GRU", "EigenTrack LSTM"),
+    "EigenTrack GRU with vectors",
+)
+
+
+def summary() -> str:
+    """AUROC of some methods on every protocol with labels, for the README."""
+    results = []
+    for file, part in SUMMARY.values():
+        result = json.loads(result_path(file).read_text(encoding="utf-8"))
+        results.append(result[part] if part else result)
+    rows = []
+    for name in SUMMARISED:
+        found = [result["methods"].get(name) for result in results]
+        rows.append([name, *("" if one is None else f"{one['auroc'][0]:.3f}" for one in found)])
+    rows.append(["answers in test", *(str(result["counts"]["test"]["answers"]) for result in results)])
+    return markdown(["AUROC on the test part", *SUMMARY], rows)
 
 
 def add_sampled(result: dict[str, Any], file: str) -> None:
