@@ -19,13 +19,17 @@
 
 #include "rmtkernels/gpu.cuh"
 
+#ifndef RMT_LANCZOS_PARTS
+#define RMT_LANCZOS_PARTS 128  // about one for each multiprocessor; tests set it to 2, to give a block several chunks
+#endif
+
 namespace rmtkernels {
 
 constexpr int kBlockRows = 8;
 constexpr int kPairs = kBlockRows * kBlockRows;
 constexpr int kSweepThreads = 512, kSweepWarps = kSweepThreads / kWarpSize;
 constexpr int kLaneColumns = 2, kChunk = kLaneColumns * kWarpSize;  // columns a thread block holds at a time
-constexpr int kMostParts = 128;                                     // thread blocks of a sweep
+constexpr int kMostParts = RMT_LANCZOS_PARTS;                       // thread blocks of a sweep
 constexpr int kSumThreads = 256, kSumEntries = 32, kSumSlices = kSumThreads / kSumEntries;
 constexpr int kFactorThreads = 512, kFactorSlices = kFactorThreads / kPairs;
 constexpr int kSweepShared = (kSweepWarps + 1) * kBlockRows * kChunk * int(sizeof(double));
