@@ -354,7 +354,8 @@ __device__ __forceinline__ double mix_rows(const LanczosGroup<T>& g, bool begins
 
 // Grid: one block. From C and H to the state of sweep `sweep`; after it there is no other if `last`.
 template <class T>
-__global__ void __launch_bounds__(kFactorThreads) lanczos_factor_kernel(const LanczosGroup<T> g, int sweep, bool last) {
+__global__ void __launch_bounds__(kFactorThreads, 1)
+    lanczos_factor_kernel(const LanczosGroup<T> g, int sweep, bool last) {
   RMT_SHARED LanczosFactor f;
   LanczosState& state = *g.state;
   const bool begins = sweep == 2;
