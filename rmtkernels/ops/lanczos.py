@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rmtkernels.errors import DeviceError, DtypeError, MatrixError, ShapeError
 from rmtkernels.ops.lanczos_basis import Basis, Ritz
-from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, without_autocast
+from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, in_full_precision
 
 BLOCK = 8  # the kernel's lanes: wider blocks need more products, narrower ones waste them
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -62,7 +62,7 @@ def lanczos_eigh(
             join it, for what it lacks. Default: these alone.
         seed: of all random vectors.
         max_steps: products of the matrix with a block after which to stop, converged or not.
-        backend: "cpu" or "reference" (products in float64 by PyTorch) instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" (products in float64 by PyTorch) instead of the automatic choice.
 
     Returns:
         A `LanczosResult`. Look at `complete`, or at `converged`, before you use it. No gradient.
@@ -156,7 +156,7 @@ class _Above:
         return self.threshold
 
 
-@without_autocast
+@in_full_precision
 def _solve(
     multiply: LinearMap, goal: _Goal, tol: float | None, start: Tensor | None, seed: int, max_steps: int
 ) -> LanczosResult:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rmtkernels.ops.lanczos_multiply import LinearMap
+from rmtkernels.ops.lanczos_orthonormalize import Orthonormal, orthonormalize
 
 
 class Ritz(NamedTuple):
@@ -38,7 +39,7 @@ class Basis:
         self.scale = multiply.matrix.new_zeros((), dtype=torch.float64)
         self.noise = self.random(start.shape[0])
         self.reserve(capacity)
-        self.rest, self.coupling = self._orthonormal(start)
+        self.rest, self.coupling, _ = self._orthonormal(start)
 
     def reserve(self, capacity: int) -> None:
         """Makes room for `capacity` vectors, or as many as there can be."""
@@ -62,11 +63,9 @@ class Basis:
         self.vectors[first:last], self.images[first:last] = self.rest, image
         self.size, self.steps = last, self.steps + 1
         self.scale = torch.maximum(self.scale, image.norm(dim=1, dtype=torch.float64).max())
-        basis = self.vectors[:last]
-        products = image @ basis.mT
+        self.rest, self.coupling, products = self._orthonormal(image)
         self.projected[first:last, :last] = products
         self.projected[:first, first:last] = products[:, :first].mT
-        self.rest, self.coupling = self._orthonormal(torch.addmm(image, products, basis, alpha=-1))
 
     def ritz(self) -> Ritz:
         """Eigenpairs of the projection. Waits for the device, once."""
@@ -101,27 +100,20 @@ class Basis:
             return
         wider = torch.cat([self.rest, self.random(extra)])
         self.noise = self.random(len(wider))
-        self.rest, _ = self._orthonormal(wider)
+        self.rest = self._orthonormal(wider).unit
 
     def random(self, count: int) -> Tensor:
         """Rows of norm about 1, from the seed."""
         rows: Tensor = torch.randn(count, self.multiply.dim, generator=self.generator, dtype=self.multiply.dtype)
         return rows.to(self.multiply.device) / math.sqrt(self.multiply.dim)
 
-    def _orthonormal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Orthonormal rows, orthogonal to the basis, that span `rows` (b, d), and R with rows = R' of them.
-
-        A row that depends on those before it, or on the basis, to rounding gives way to a random one.
-        """
-        basis, room = self.vectors[: self.size], self.multiply.dim - self.size
-        if room == 0:
-            return rows[:0], rows.new_zeros(1, len(rows))
-        triangle = torch.linalg.qr(rows.mT, mode="r").R
-        negligible = 16 * torch.finfo(rows.dtype).eps * self.scale
-        gone = triangle.diagonal()[:, None].abs() <= negligible
-        mixing = torch.where(gone, 0, triangle.mT) + gone.to(rows).flatten().diag()
-        random = self.noise[: len(rows)].roll(self.steps, 1)
-        unit = torch.linalg.solve_triangular(mixing, torch.where(gone, random, rows), upper=False)[:room]
-        for _ in range(1 if 2 * self.size < self.multiply.dim else 3):  # near the end little is left of a random row
-            unit = torch.linalg.qr(torch.addmm(unit, unit @ basis.mT, basis, alpha=-1).mT)[0].mT
-        return unit, triangle
+    def _orthonormal(self, rows: Tensor) -> Orthonormal:
+        """What comes after the basis, from `rows`: those that depend on it to rounding give way to random ones."""
+        return orthonormalize(
+            rows,
+            self.vectors[: self.size],
+            self.noise,
+            16 * torch.finfo(rows.dtype).eps * self.scale,
+            self.steps % self.multiply.dim,
+            kernel=self.multiply.backend == "cuda",
+        )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rmtkernels.errors import ShapeError
 from rmtkernels.laws import tracy_widom_quantile
-from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, without_autocast
+from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, in_full_precision
 
 _TRANSIENT = 10  # coefficients that still remember the start and the spikes
 _MAX_STEPS = 100  # of spike_count, and at most an eighth of the width: beyond, the coefficients no longer fall in line
@@ -117,7 +117,7 @@ def spike_count(
     return SpikeCount(len(found), found, threshold, edge, scale)
 
 
-@without_autocast
+@in_full_precision
 def jacobi(multiply: LinearMap, steps: int, probes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Diagonals and what lies beside them, (probes, steps) float64, of the Jacobi matrices of random unit vectors.
 

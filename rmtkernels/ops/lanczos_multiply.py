@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from rmtkernels._library import define
 from rmtkernels.dispatch import select
 from rmtkernels.errors import DeviceError, DtypeError, MatrixError, ShapeError
+from rmtkernels.ops import lanczos_multiply_cuda
 from rmtkernels.reference import lanczos as reference
 
 Parameters = ParamSpec("Parameters")
@@ -19,6 +21,8 @@ _ASYMMETRIC = 1e-2  # of the products of the first vectors: finer asymmetry show
 
 define("lanczos_multiply(Tensor matrix, Tensor block) -> Tensor")
 define("lanczos_multiply_gram(Tensor samples, Tensor? mean, Tensor block) -> Tensor")
+torch.library.impl("rmtkernels::lanczos_multiply", "CUDA")(lanczos_multiply_cuda.multiply)
+torch.library.impl("rmtkernels::lanczos_multiply_gram", "CUDA")(lanczos_multiply_cuda.multiply_gram)
 
 
 @torch.library.register_fake("rmtkernels::lanczos_multiply")
@@ -34,12 +38,12 @@ def _multiply_gram_fake(samples: Tensor, mean: Tensor | None, block: Tensor) -> 
 def lanczos_multiply(matrix: Tensor, block: Tensor, *, backend: str | None = None) -> Tensor:
     """Products of a matrix with a few vectors: block @ matrix.T, made for about eight of them.
 
-    Sums are taken in the matrix's dtype over at most 252 products, then in float64.
+    Sums are taken in the matrix's dtype over at most 252 products (256 on CUDA), then in float64.
 
     Args:
         matrix: (rows, cols) float32 or float64.
         block: (vectors, cols) of the same dtype.
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
 
     Returns:
         (vectors, rows). No gradient.
@@ -65,7 +69,7 @@ def lanczos_multiply_gram(
         samples: X, (n, d) float32 or float64.
         block: (vectors, d) of the same dtype.
         mean: (d,) float64, subtracted from every row of X first, with its full precision (see `column_mean`).
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
 
     Returns:
         (vectors, d). No gradient.
@@ -128,14 +132,15 @@ class LinearMap:
             raise MatrixError("the eigenvalues underflow the matrix's dtype; scale it up")
 
 
-def without_autocast(
+def in_full_precision(
     function: Callable[Concatenate[LinearMap, Parameters], Result],
 ) -> Callable[Concatenate[LinearMap, Parameters], Result]:
-    """Autocast would round the products of a basis with itself to 16 bits."""
+    """Autocast would round the products of a basis with itself to 16 bits, and TensorFloat-32 on CUDA to 10."""
 
     @functools.wraps(function)
     def wrapped(multiply: LinearMap, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        with torch.autocast(multiply.device.type, enabled=False):
+        products = lanczos_multiply_cuda.full_float32 if multiply.device.type == "cuda" else nullcontext()
+        with torch.autocast(multiply.device.type, enabled=False), products:
             return function(multiply, *arguments, **options)
 
     return wrapped

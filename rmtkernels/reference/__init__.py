@@ -7,6 +7,7 @@ from rmtkernels.reference.lanczos import (
     lanczos_matrix_ref,
     lanczos_multiply_gram_ref,
     lanczos_multiply_ref,
+    lanczos_orthonormalize_ref,
 )
 from rmtkernels.reference.lowrank_linear import lowrank_linear_ref
 from rmtkernels.reference.sliding_window import window_gram_ref, window_push_ref_
@@ -19,6 +20,7 @@ __all__ = [
     "lanczos_matrix_ref",
     "lanczos_multiply_gram_ref",
     "lanczos_multiply_ref",
+    "lanczos_orthonormalize_ref",
     "lowrank_linear_ref",
     "spectrum_descriptors_ref",
     "spectrum_eigvalsh_ref",

@@ -15,6 +15,18 @@ def lanczos_multiply_gram_ref(samples: Tensor, mean: Tensor | None, block: Tenso
     return block.double() @ centred.mT @ centred
 
 
+def lanczos_orthonormalize_ref(rows: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit, triangle and products of rows = products @ basis + triangle.T @ unit, for rows that are independent.
+
+    The triangle's diagonal is positive, which makes all three unique.
+    """
+    rows, basis = rows.double(), basis.double()
+    products = rows @ basis.mT
+    unit, triangle = torch.linalg.qr((rows - products @ basis).mT)
+    signs = triangle.diagonal().sign()
+    return (unit * signs).mT, triangle * signs[:, None], products
+
+
 def lanczos_matrix_ref(matrix: Tensor, gram: bool = False, center: bool = False) -> Tensor:
     """The symmetric matrix itself, float64."""
     if not gram:

@@ -1,0 +1,154 @@
+"""The kernels of lanczos under the sanitizers and nvcc, and with one line broken, which must be found.
+
+RMTKERNELS_PROVE=1 runs all of it; else what takes seconds."""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.emulate.lanczos_kernel import Rows
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADERS = ROOT / "csrc/include/rmtkernels"
+BUDGET = Path(__file__).with_name("register_budget.json")
+SLICE, HEADER = "lanczos", "lanczos.cuh"
+SHIPPED = ("80", "86", "89", "90", "100", "120")
+NVCC = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fPIC", "-Icsrc/include",
+        "-Icsrc", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Xptxas", "-Werror"]  # fmt: skip
+NO_DEVICE = (35, 100)  # the driver is missing or too old; no device
+KERNEL = re.compile(
+    r"Compiling entry function '_ZN10rmtkernels\d+(\w+?_kernel)I(f|d)E.*?Used (\d+) registers", re.DOTALL
+)
+
+prove = pytest.mark.skipif("RMTKERNELS_PROVE" not in os.environ, reason="RMTKERNELS_PROVE=1 runs it")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+def run(program: Path, workers: int, schedule: str = "rand") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"EMU_WORKERS": str(workers), "EMU_SCHED": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@prove
+@pytest.mark.parametrize(("build", "blocks"), [("thread", 1), ("thread", 2), ("memory", 1), ("wavefronts of 64", 1)])
+def test_checkers_are_silent(builder, build: str, blocks: int) -> None:
+    done = run(builder.driver(build, SLICE), blocks)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+
+
+# (text as shipped, text broken, build, what it says). The plain build says what the driver's own sums found.
+MUTANTS = {
+    "the projection of another row": ("i = warp; i < g.known; i +=", "i = warp + 1; i < g.known; i +=",
+                                      "plain", "not orthogonal"),
+    "a warp's projections are left out": ("w = 0; w < kSweepWarps; ++w) value", "w = 1; w < kSweepWarps; ++w) value",
+                                          "plain", "not orthogonal"),
+    "rows are mixed the wrong way round": ("mix[r * kBlockRows + j], sums", "mix[j * kBlockRows + r], sums",
+                                           "plain", "not orthonormal"),
+    "the next chunk begins the sums again": ("first == begin", "first >= begin", "plain", "more chunks than parts"),
+    "a slice of the parts is left out": ("s = 0; s < kSumSlices; ++s", "s = 1; s < kSumSlices; ++s",
+                                          "plain", "wrong products"),
+    "lanes keep the other half": ("upper = lane & kOffset;", "upper = !(lane & kOffset);", "plain", "wrong products"),
+    "random rows are taken as they are": (" || !result.safe", "", "plain", "not ortho"),
+    "dependent rows stay": ("if (!stays) result.leaving |= 1u << k;", "", "plain", "not orthonormal"),
+    "the second factor is forgotten": ("begins ? double(k == r) :", "begins || true ? double(k == r) :", "plain",
+                                       "the triangle does not give the rows"),
+    "the groups before are forgotten": ("before + (i - size) * dim", "before", "plain", "not orthonormal"),
+    "the shift runs the other way": ("column - g.shift + g.dim)", "column + g.dim)", "memory", "heap-buffer-overflow"),
+    "columns past the end are read": ("if (column + e < g.dim) read", "read", "memory", "heap-buffer-overflow"),
+    "columns past the end are stored": ("&& first + c < g.dim) g.unit", ") g.unit", "memory", "heap-buffer-overflow"),
+    "rows that do not exist are stored": ("sweep > 0 && r < g.count &&", "sweep > 0 &&", "memory",
+                                          "heap-buffer-overflow"),
+    "no barrier before the projections are read": ("add_projections(g, first, sums);\n    __syncthreads();",
+                                                   "add_projections(g, first, sums);", "thread", "data race"),
+    "no barrier before mixing": ("leaving >> r & 1);\n  }\n  __syncthreads();", "leaving >> r & 1);\n  }",
+                                 "thread", "data race"),
+    "no barrier before multiplying": ("first + c] = stored;\n  }\n  __syncthreads();", "first + c] = stored;\n  }",
+                                      "thread", "data race"),
+    "no barrier between the slices of a sum": ("= sum;\n  __syncthreads();\n  if (slice > 0 ||",
+                                               "= sum;\n  if (slice > 0 ||", "thread", "data race"),
+    "no barrier before an elimination is stored": ("f.left[k][j];\n    __syncthreads();", "f.left[k][j];",
+                                                   "thread", "data race"),
+    "all lanes store a product": ("if (lane % kSame == 0) part", "part", "thread", "data race"),
+    "the state is written while others read it": ("state.replaced;\n  __syncthreads();", "state.replaced;",
+                                                  "thread", "data race"),
+}  # fmt: skip
+QUICK = {"random rows are taken as they are", "rows that do not exist are stored"}
+CHOSEN = list(MUTANTS) if "RMTKERNELS_PROVE" in os.environ else [name for name in MUTANTS if name in QUICK]
+
+
+@pytest.fixture(scope="module")
+def broken_sources(builder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A copy of the header for each mutant that is tried. All are sent to the compilers at once."""
+    folders = {}
+    for number, mutant in enumerate(CHOSEN):
+        shipped, broken, build, _ = MUTANTS[mutant]
+        folders[mutant] = tmp_path_factory.mktemp(f"lanczos_mutant{number}")
+        copy = folders[mutant] / "rmtkernels"
+        shutil.copytree(HEADERS, copy)
+        source = (copy / HEADER).read_text()
+        assert source.count(shipped) == 1, f"{mutant}: {HEADER} has changed"
+        (copy / HEADER).write_text(source.replace(shipped, broken))
+        builder.start_driver(build, SLICE, folders[mutant])
+    return folders
+
+
+@pytest.mark.parametrize("mutant", CHOSEN)
+def test_broken_kernel_is_found(builder, broken_sources: dict[str, Path], mutant: str) -> None:
+    build, message = MUTANTS[mutant][-2:]
+    done = run(builder.driver(build, SLICE, broken_sources[mutant]), 1)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """The kernels for one architecture as a shared library, and the registers of each; a spill is an error."""
+    library = tmp_path_factory.mktemp("nvcc") / "lanczos.so"
+    command = [*NVCC, "-arch=sm_90", "-shared", f"csrc/cuda/{SLICE}.cu", "-o", str(library)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    types = {"f": "float", "d": "double"}
+    return library, {f"{name}<{types[t]}>": int(used) for name, t, used in KERNEL.findall(done.stderr)}
+
+
+@needs_nvcc
+def test_registers_stay_within_budget(compiled: tuple[Path, dict[str, int]]) -> None:
+    budget = json.loads(BUDGET.read_text())["lanczos sm_90"]
+    assert compiled[1].keys() == budget.keys()
+    assert {name: (used, budget[name]) for name, used in compiled[1].items() if used > budget[name]} == {}
+
+
+@needs_nvcc
+def test_a_launch_without_a_device_is_a_clean_error(compiled: tuple[Path, dict[str, int]]) -> None:
+    launch = ctypes.CDLL(str(compiled[0])).rmtkernels_cuda_lanczos_orthonormalize
+    if shutil.which("nvidia-smi") is None:
+        assert launch(ctypes.byref(Rows(count=1, dim=1)), None) in NO_DEVICE
+
+
+@prove
+@needs_nvcc
+def test_no_shipped_architecture_spills(tmp_path: Path) -> None:
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in SHIPPED]
+    command = [*NVCC, *targets, "--threads=2", "-c", f"csrc/cuda/{SLICE}.cu", "-o", str(tmp_path / "all.o")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@prove
+@needs_nvcc
+def test_the_basis_is_read_two_columns_at_once_and_there_is_no_atomic(tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc/include", "-Icsrc", "-arch=compute_80", "-ptx",
+               f"csrc/cuda/{SLICE}.cu", "-o", str(tmp_path / "all.ptx")]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+    bodies = re.split(r"\.entry (\w+)", (tmp_path / "all.ptx").read_text())[1:]
+    assert len(bodies) == 12
+    for mangled, body in zip(bodies[::2], bodies[1::2], strict=True):
+        pairs = len(re.findall(r"ld\.global\.v2\.(?:f32|f64|b32|b64|u32|u64)", body))
+        assert pairs >= (2 if "sweep" in mangled else 0), mangled
+        assert not re.search(r"\batom\.|\bred\.(global|shared)", body)
