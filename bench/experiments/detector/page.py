@@ -1,4 +1,4 @@
-"""`python -m bench.experiments.detector.page`: tables made from the committed results, for docs/detector.md and README.md.
+"""`python -m bench.experiments.detector.page`: tables from the committed results, for docs/detector.md and README.md.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
