@@ -50,8 +50,9 @@ def measure(work: Work, case: GpuCase, backends: list[str], device: str) -> dict
     calls |= case.peers
     for name, call in calls.items():
         case.verify(name, call)
-    graphs = {name: captured(call) if device == "cuda" else None for name, call in calls.items()}
-    functions = {name: graphs[name] or call for name, call in calls.items()}
+    capturable = [name for name in calls if name not in case.waits and device == "cuda"]
+    graphs = {name: graph for name in capturable if (graph := captured(calls[name]))}
+    functions = {**calls, **graphs}
     once = sum(float(times[0]) for times in interleave_cold(functions, 1, device).values())
     times = interleave_cold(functions, int(np.clip(SECONDS_PER_CASE / once, 3, 50)), device)
     return {
@@ -59,7 +60,7 @@ def measure(work: Work, case: GpuCase, backends: list[str], device: str) -> dict
         "operations": work.operations,
         "seconds": {name: float(np.median(values)) for name, values in times.items()},
         "from 5 to 95 %": {name: np.percentile(values, [5, 95]).tolist() for name, values in times.items()},
-        "graph": [name for name in calls if graphs[name] is not None],
+        "in a graph": list(graphs),
     }
 
 

@@ -1,6 +1,7 @@
 """Every slice at the shapes of docs/performance.md beside its peers. With small=True the shapes are tiny: on the CPU,
 to see that all of it still runs."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class GpuCase:
-    """One comparison. `verify` raises AssertionError where a result is wrong; it is given ours or a peer by name."""
+    """One comparison. `verify` raises AssertionError where a result is wrong; it is given ours or a peer by name.
+    `waits` names those that wait for the device, and so cannot be captured in a graph."""
 
     ours: Call
     peers: dict[str, Call]
     verify: Callable[[str, Call], None]
+    waits: tuple[str, ...] = ()
 
 
 def cases(small: bool) -> Iterator[tuple[Work, str, Callable[[str], GpuCase]]]:
@@ -36,7 +39,7 @@ def cases(small: bool) -> Iterator[tuple[Work, str, Callable[[str], GpuCase]]]:
             continue
         seen.add(kind)
         operator, setup = KINDS[kind]
-        yield item, operator, lambda device, item=item, setup=setup: setup(item, device, small)
+        yield item, operator, functools.partial(setup, item, small)
 
 
 def normal(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,7 +52,7 @@ def close(name: str, got: Tensor, want: Tensor, size: Tensor | float, tolerance:
     assert error <= tolerance, f"{name}: wrong by {error:.1e}, {tolerance:.0e} is allowed"
 
 
-def push(item: Work, device: str, small: bool) -> GpuCase:
+def push(item: Work, small: bool, device: str) -> GpuCase:
     batch, window = (2, 4) if small else item.sizes
     layers, width = (2, 16) if small else (work.LAYERS, work.WIDTH)
     ring = normal(layers, batch, window, width, device=device, dtype=torch.bfloat16)
@@ -77,7 +80,7 @@ def push(item: Work, device: str, small: bool) -> GpuCase:
     return GpuCase(lambda: rmtkernels.window_push_(ring, gram, seen, rows), {"bmm": bmm}, verify)
 
 
-def descriptors(item: Work, device: str, small: bool) -> GpuCase:
+def descriptors(item: Work, small: bool, device: str) -> GpuCase:
     batch, window = (2, 6) if small else item.sizes
     layers = 2 if small else work.LAYERS
     rows = normal(layers, batch, window, 300, device=device) + 2 * normal(layers, batch, window, 1, device=device)
@@ -98,10 +101,10 @@ def descriptors(item: Work, device: str, small: bool) -> GpuCase:
         if name != eigvalsh:
             close(name, out[0, 0].cpu(), want[0][0, 0], 1 + want[0][0, 0].abs(), 1e-5)
 
-    return GpuCase(ours, {eigvalsh: lambda: torch.linalg.eigvalsh(gram)}, verify)
+    return GpuCase(ours, {eigvalsh: lambda: torch.linalg.eigvalsh(gram)}, verify, (eigvalsh,))
 
 
-def covariance(item: Work, device: str, small: bool) -> GpuCase:
+def covariance(item: Work, small: bool, device: str) -> GpuCase:
     (width,), rows, dtype = ((24,), 50, torch.float32) if small else (item.sizes, work.SAMPLES, DTYPES[item.dtype])
     batch = (normal(rows, width, device=device) + 1).to(dtype)
     state = rmtkernels.StreamingCovariance(width, device=device)
@@ -130,7 +133,7 @@ def covariance(item: Work, device: str, small: bool) -> GpuCase:
     return GpuCase(ours, peers, verify)
 
 
-def multiply(item: Work, device: str, small: bool) -> GpuCase:
+def multiply(item: Work, small: bool, device: str) -> GpuCase:
     width = 20 if small else item.sizes[0]
     matrix, block = normal(width, width, device=device), normal(work.VECTORS, width, device=device)
     matrix = (matrix + matrix.T) / 2
@@ -142,7 +145,7 @@ def multiply(item: Work, device: str, small: bool) -> GpuCase:
     return GpuCase(lambda: rmtkernels.lanczos_multiply(matrix, block), {"mm": lambda: block @ matrix.T}, verify)
 
 
-def multiply_gram(item: Work, device: str, small: bool) -> GpuCase:
+def multiply_gram(item: Work, small: bool, device: str) -> GpuCase:
     width, rows = (20, 50) if small else (item.sizes[0], work.SAMPLES)
     samples, block = normal(rows, width, device=device), normal(work.VECTORS, width, device=device)
 
@@ -156,7 +159,7 @@ def multiply_gram(item: Work, device: str, small: bool) -> GpuCase:
     return GpuCase(ours, {"two mm": lambda: (block @ samples.T) @ samples}, verify)
 
 
-def top(item: Work, device: str, small: bool) -> GpuCase:
+def top(item: Work, small: bool, device: str) -> GpuCase:
     width, pairs = (600, 4) if small else (item.sizes[0], work.PAIRS)
     samples = normal(2 * width, width, device=device)
     samples[:, :pairs] *= torch.logspace(2, 1, pairs, device=device).sqrt()
@@ -170,10 +173,13 @@ def top(item: Work, device: str, small: bool) -> GpuCase:
         want = torch.linalg.eigvalsh(matrix.double()).flip(0)[:pairs]
         close(name, call(), want, float(want[0]), 1e-5)
 
-    return GpuCase(lambda: rmtkernels.lanczos_eigh(matrix, pairs, tol=1e-5).eigenvalues, peers, verify)
+    def ours() -> Tensor:
+        return rmtkernels.lanczos_eigh(matrix, pairs, tol=1e-5).eigenvalues
+
+    return GpuCase(ours, peers, verify, ("ours", "ours, triton", *peers))
 
 
-def lowrank(item: Work, device: str, small: bool) -> GpuCase:
+def lowrank(item: Work, small: bool, device: str) -> GpuCase:
     rows, rank = (2, 5) if small else item.sizes
     width, dtype = 24 if small else work.WIDTH, DTYPES[item.dtype]
     x, bias = normal(rows, width, device=device, dtype=dtype), normal(width, device=device, dtype=dtype)
@@ -189,7 +195,7 @@ def lowrank(item: Work, device: str, small: bool) -> GpuCase:
 
 
 # How names of the work begin -> the operator and the case. The first that fits counts.
-KINDS: dict[str, tuple[str, Callable[[Work, str, bool], GpuCase]]] = {
+KINDS: dict[str, tuple[str, Callable[[Work, bool, str], GpuCase]]] = {
     "sliding_window.push": ("window_push_", push),
     "spectrum.descriptors": ("spectrum_descriptors_", descriptors),
     "covariance.update": ("covariance_update_", covariance),

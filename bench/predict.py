@@ -138,8 +138,8 @@ def filled(page: str) -> str:
         pattern = rf"<!-- begin: {re.escape(name)} \(.*?<!-- end: {re.escape(name)} -->"
         if not re.search(pattern, page, re.DOTALL):
             raise KeyError(f"the page has no part called {name!r}")
-        text = BLOCK.format(name=name, body=body)
-        page = re.sub(pattern, lambda _, text=text: text, page, flags=re.DOTALL)
+        text = BLOCK.format(name=name, body=body).replace("\\", "\\\\")  # no escape of re.sub
+        page = re.sub(pattern, text, page, flags=re.DOTALL)
     return page
 
 

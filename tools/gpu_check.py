@@ -25,6 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools import slices
 from tools.slices import ROOT
 from tools.versions import versions
@@ -64,8 +66,6 @@ def build(device: str) -> Stage:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     if device == "cpu":
         return {"status": "not run", "why": "no GPU: the package is taken as it was built", "command": shown(command)}
-    import torch
-
     major, minor = torch.cuda.get_device_capability()
     run(command, RMTKERNELS_CUDA="on", TORCH_CUDA_ARCH_LIST=f"{major}.{minor}")
     return {"status": "passed", "architecture": f"{major}.{minor}"}
@@ -161,10 +161,8 @@ def describe(device: str) -> Stage:
         }
         for name in slices.slices()
     }
-    named = {"device": "none"}
+    named: Stage = {"device": "none"}
     if device == "cuda":
-        import torch
-
         found = torch.cuda.get_device_properties(0)
         named = {"device": found.name, "multiprocessors": found.multi_processor_count, "memory": found.total_memory}
     return {**named, "date": datetime.now(timezone.utc).date().isoformat(), "tools": versions(), "kernels": hashes}
@@ -173,9 +171,10 @@ def describe(device: str) -> Stage:
 STAGES: dict[str, Callable[[str], Stage]] = {"build": build, "tests": tests, "sanitizers": sanitizers, "bench": bench}
 
 
-def check(device: str) -> dict[str, Any]:
-    """Runs all stages; one that fails does not stop the others."""
-    stages = {}
+def check(device: str, output: Path | None) -> Stage:
+    """Runs all stages; one that fails does not stop the others, and each is written when it is through."""
+    stages: dict[str, Stage] = {}
+    result = {"dry": device == "cpu", **describe(device), "stages": stages}
     for name, stage in STAGES.items():
         began = time.monotonic()
         try:
@@ -185,7 +184,9 @@ def check(device: str) -> dict[str, Any]:
         stages[name]["seconds"] = round(time.monotonic() - began, 1)
         why = stages[name].get("why", "")
         print(f"gpu-check: {name}: {stages[name]['status']} in {stages[name]['seconds']} s {why}", flush=True)
-    return {**describe(device), "stages": stages}
+        if output is not None:
+            output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def _waits(file: Path) -> bool:
@@ -205,27 +206,19 @@ def _together(commands: dict[str, list[str]]) -> dict[str, str | StageError]:
         return dict(zip(commands, pool.map(outcome, commands.values()), strict=True))
 
 
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def main() -> int:
     """Exit status 1 if a stage failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--dry", action="store_true", help="as if there were no GPU")
     options = parser.parse_args()
-    device = "cuda" if not options.dry and has_gpu() else "cpu"
-    result = check(device)
-    output = options.output
-    if device == "cuda" and output is None:
-        slug = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-        output = ROOT / f"bench/results/gpu-{slug}.json"
-    if output is not None:
-        output.write_text(json.dumps({"dry": device == "cpu", **result}, indent=1) + "\n")
-    return int(any(stage["status"] == "failed" for stage in result["stages"].values()))
+    device, output = "cpu", options.output
+    if not options.dry and torch.cuda.is_available():
+        device = "cuda"
+        slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        output = output or ROOT / f"bench/results/gpu-{slug}.json"
+    stages = check(device, output)["stages"].values()
+    return int(any(stage["status"] == "failed" for stage in stages))
 
 
 if __name__ == "__main__":
