@@ -39,7 +39,8 @@ def main() -> int:
         except (AssertionError, RuntimeError) as error:
             results["wrong"][work.name] = f"{type(error).__name__}: {error}"
         print(work.name, results["cases"].get(work.name, results["wrong"].get(work.name)), flush=True)
-    results["copy bytes per second"] = copy_bandwidth() if options.device == "cuda" else None
+    if options.device == "cuda":
+        results |= {"copy bytes per second": copy_bandwidth(), "seconds of a tiny graph": tiny_graph()}
     options.file.write_text(json.dumps(results, indent=1) + "\n")
     return int(bool(results["wrong"]))
 
@@ -78,6 +79,14 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     seconds = interleave_cold({"copy": lambda: target.copy_(source)}, 20, "cuda")["copy"]
     return 2 * source.numel() * 4 / float(np.median(seconds))
+
+
+def tiny_graph() -> float:
+    """What the events see of a graph that adds two numbers: the least that any time here can be."""
+    number = torch.zeros(1, device="cuda")
+    call = captured(lambda: number.add_(1))
+    assert call is not None
+    return float(np.median(interleave_cold({"tiny": call}, 50, "cuda")["tiny"]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.work import LAYERS, STURM_PASSES, Work, all_work
 from tools import machine_code
@@ -70,27 +71,30 @@ def chain(work: Work, device: Device) -> float:
     return math.ceil(LAYERS * batch / (blocks * device.multiprocessors)) * cycles / device.clock
 
 
+def results() -> list[dict[str, Any]]:
+    """Every committed result of gpu-check."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("gpu-*.json"))]
+
+
 def measured() -> dict[str, dict[str, float]]:
-    """GPU -> name of the work -> seconds, of every committed result of gpu-check."""
-    found = {}
-    for file in sorted(RESULTS.glob("gpu-*.json")):
-        result = json.loads(file.read_text())
-        cases = result["stages"].get("bench", {}).get("cases", {})
-        found[result["device"]] = {name: case["seconds"]["ours"] for name, case in cases.items()}
-    return found
+    """GPU -> name of the work -> seconds."""
+    return {
+        result["device"]: {name: case["seconds"]["ours"] for name, case in result["stages"]["bench"]["cases"].items()}
+        for result in results()
+    }
 
 
 def work_table(name: str) -> str:
     """Floors, prediction and measurement of one slice."""
-    results = measured()
+    times_of = measured()
     heads = [f"floor {device.name}" for device in DEVICES] + [f"predicted {device.name}" for device in DEVICES]
-    lines = _header(["shape", "bytes", "operations", *heads, *(f"measured: {gpu}" for gpu in results)])
+    lines = _header(["shape", "bytes", "operations", *heads, *(f"measured: {gpu}" for gpu in times_of)])
     for work in all_work():
         if work.slice == name:
             cells = [work.shape, _short(work.bytes, "B"), f"{_short(work.operations, '')} {work.unit}"]
             cells += [_time(floor(work, device)) for device in DEVICES]
             cells += [_time(predicted(work, device)) for device in DEVICES]
-            cells += [_time(times[work.name]) if work.name in times else "not yet" for times in results.values()]
+            cells += [_time(times[work.name]) if work.name in times else "not yet" for times in times_of.values()]
             lines.append(_row(cells))
     return "\n".join(lines)
 
@@ -111,6 +115,19 @@ def code_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def peer_table() -> str:
+    """Ours, by each backend, beside every peer. A star marks a call that is timed without a graph."""
+    lines = _header(["case", "GPU", "ours", "against", "times as long"])
+    for result in results():
+        for name, case in result["stages"]["bench"]["cases"].items():
+            seconds, graphs = case["seconds"], case["in a graph"]
+            shown = {call: _time(value) + ("" if call in graphs else " *") for call, value in seconds.items()}
+            for call in [call for call in seconds if call != "ours"]:
+                ratio = f"{seconds[call] / seconds['ours']:.2f}"
+                lines.append(_row([f"`{name}`", result["device"], shown["ours"], f"{call} ({shown[call]})", ratio]))
+    return "\n".join(lines)
+
+
 def device_table() -> str:
     lines = _header(["", "memory", "float64", "float32", "bfloat16 tensor", "multiprocessors"])
     for d in DEVICES:
@@ -121,7 +138,7 @@ def device_table() -> str:
 
 def blocks() -> dict[str, str]:
     """Name of a generated part of the page -> its text."""
-    found = {"devices": device_table()}
+    found = {"devices": device_table(), "peers": peer_table()}
     for name in slices():
         found[f"{name}, work"] = work_table(name)
         found[f"{name}, machine code"] = code_table(name)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SUFFIXES = (".py", ".h", ".cuh", ".cpp", ".cu", ".json")
 NUMERICS = ("ops", "reference", "triton", "laws")
 KERNEL_TESTS = ("unit", "compile", "emulate", "sanitize", "triton")
 # Where these change, every kernel is compiled differently, or judged differently.
@@ -91,7 +92,7 @@ def _belongs(file: Path, name: str) -> bool:
 def _files(root: Path, folders: Iterable[str]) -> Iterator[Path]:
     for folder in folders:
         for path in sorted((root / folder).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".so", ".pyc"):
+            if path.suffix in SUFFIXES:
                 yield path
 
 
