@@ -2,7 +2,7 @@
 
 `python -m tools.machine_code [SLICE ...]` compares with tests/emulate/machine_code/<slice>.json; --write makes the
 files anew. A kernel that takes dynamic shared memory needs an entry under "launches" there: threads of a block, and the
-bytes as a C++ expression over the slice's header, for each size that matters.
+bytes as a C++ expression over the slice's headers, for each size that matters.
 """
 
 import argparse
@@ -188,13 +188,13 @@ def _readable(mangled: Iterable[str]) -> dict[str, str]:
 
 @lru_cache
 def _evaluate(name: str, expressions: tuple[str, ...]) -> tuple[int, ...]:
-    """C++ expressions over rmtkernels/<name>.cuh, as the emulation compiles it."""
+    """C++ expressions over the slice's device headers, as the emulation compiles them."""
     if not expressions:
         return ()
     prints = "".join(f'std::printf("%zu\\n", size_t({expression}));' for expression in expressions)
-    source = (
-        f'#include <cstdio>\n#include "rmtkernels/{name}.cuh"\nusing namespace rmtkernels;\nint main() {{{prints}}}'
-    )
+    headers = [path.name for path in sorted((ROOT / "csrc/include/rmtkernels").glob(f"{name}*.cuh"))]
+    includes = "".join(f'#include "rmtkernels/{header}"\n' for header in headers)
+    source = f"#include <cstdio>\n{includes}using namespace rmtkernels;\nint main() {{{prints}}}"
     with tempfile.TemporaryDirectory() as folder:
         flags = ["-std=c++17", "-w", "-DRMT_EMULATE", "-pthread", "-Itests/emulate", *INCLUDES]
         _run(["g++", *flags, "-x", "c++", "-", "-o", f"{folder}/sizes"], source)
@@ -213,7 +213,9 @@ def _occupancy(lines: str) -> list[int]:
 def _run(command: list[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, cwd=ROOT, input=given, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ToolError(f"{' '.join(command[:1])} failed:\n{done.stderr}{done.stdout}")
+        lines = (done.stderr + done.stdout).splitlines()
+        errors = [line for line in lines if "error" in line.lower()]
+        raise ToolError("\n".join([f"{Path(command[0]).name} failed:", *(errors or lines)]))
     return done
 
 

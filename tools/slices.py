@@ -85,7 +85,7 @@ def _words(name: str, root: Path) -> re.Pattern[str]:
 
 
 def _belongs(file: Path, name: str) -> bool:
-    stem = file.name.partition(".")[0].removeprefix("test_")
+    stem = file.name.partition(".")[0].removeprefix("test_").removeprefix("check_")
     return stem == name or stem.startswith(f"{name}_")
 
 
