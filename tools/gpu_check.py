@@ -32,6 +32,8 @@ from tools.slices import ROOT
 from tools.versions import versions
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
+FOUND = "ended with 9"  # what run() says of such an exit
 SECONDS = 240  # a stage may take
 Stage = dict[str, Any]
 
@@ -117,11 +119,15 @@ def owners(test: str) -> list[str]:
 
 
 def sanitizers(device: str) -> Stage:
-    """The four tools at a time, each over one call of every operator. Every tensor is an allocation of its own."""
+    """The four tools at a time, each over one call of every operator, with an allocation for each tensor. A tool that
+    does not find the bug planted for it has failed."""
     call = [sys.executable, "-m", "tools.gpu_calls", "--device", device]
-    commands = {tool: ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *call] for tool in SANITIZERS}
+    commands = {tool: [*SANITIZER, tool, *call] for tool in SANITIZERS}
     if device == "cpu":
         called = json.loads(run(call).splitlines()[-1])
+        if shutil.which("nvcc"):
+            with tempfile.TemporaryDirectory() as folder:
+                planted_bugs(folder, "sm_90")
         return {"status": "not run", "why": "no GPU", "calls on the CPU": called, "tools": list(commands)}
     if shutil.which("compute-sanitizer") is None:
         raise StageError("compute-sanitizer is not on PATH")
@@ -131,8 +137,25 @@ def sanitizers(device: str) -> Stage:
             results[tool] = {"status": "failed", "why": str(outcome)}
         else:
             results[tool] = {"status": "passed", **json.loads(next(x for x in outcome.splitlines() if x[:1] == "{"))}
+    for tool in missed_bugs():
+        results[tool] = {"status": "failed", "why": "the bug planted for it was not found", "called": {}}
     passed = all(result["status"] == "passed" for result in results.values())
     return {"status": "passed" if passed else "failed", "tools": results}
+
+
+def planted_bugs(folder: str, architecture: str) -> str:
+    """The program with a bug for each tool, compiled."""
+    program = f"{folder}/planted_bugs"
+    run(["nvcc", "-std=c++17", f"-arch={architecture}", "-o", program, "tests/gpu/planted_bugs.cu"])
+    return program
+
+
+def missed_bugs() -> list[str]:
+    """Tools that say nothing of the bug planted for them."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = planted_bugs(folder, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+        outcomes = _together({tool: [*SANITIZER, tool, program, tool] for tool in SANITIZERS})
+    return [tool for tool, outcome in outcomes.items() if FOUND not in str(outcome)]
 
 
 def bench(device: str) -> Stage:

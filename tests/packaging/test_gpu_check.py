@@ -48,6 +48,17 @@ def test_a_stage_that_does_not_end_has_failed(monkeypatch: pytest.MonkeyPatch) -
         gpu_check.run([sys.executable, "-c", "import time; time.sleep(60)"])
 
 
+def test_a_tool_that_misses_its_planted_bug_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in for compute-sanitizer finds all bugs but initcheck's."""
+    stand_in = tmp_path / "compute-sanitizer"
+    stand_in.write_text('#!/bin/sh\n[ "$4" = initcheck ] || exit 9\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(gpu_check, "planted_bugs", lambda folder, architecture: "program")
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu_check.missed_bugs() == ["initcheck"]
+
+
 def test_results_are_counted_by_slice_and_backend(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(

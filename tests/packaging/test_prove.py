@@ -88,13 +88,14 @@ def test_a_new_header_repeats_the_slice_that_includes_it(copy_of_the_tree: Path)
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A root with four tests."""
+    """A root with a test of each kind."""
     (tmp_path / "tests/emulate").mkdir(parents=True)
     for name, body in {
         "good": "assert os.environ['RMTKERNELS_PROVE'] == '1'",
         "bad": "assert False",
         "left_out": "pytest.skip('the compiler is missing')",
         "missing": "assert True",
+        "optional": "assert True\n\n\ndef test_more():\n    pytest.skip('Triton is not installed')",
     }.items():
         (tmp_path / f"tests/emulate/test_{name}.py").write_text(
             f"import os\nimport pytest\nimport numpy as np\n\n\ndef test_it():\n    np.full(1, np.nan)\n    {body}\n"
@@ -107,10 +108,11 @@ def ladder(name: str) -> Ladder:
 
 
 def test_only_what_passed_is_recorded(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = {name: ladder(name) for name in ("bad", "left_out", "missing", "good")}
+    found = {name: ladder(name) for name in ("bad", "left_out", "missing", "good", "optional")}
     assert prove.run(list(found), found, small, jobs=1) == 1
     record = json.loads((small / prove.RECORD).read_text())
-    assert set(record) == {"good"}
+    assert set(record) == {"good", "optional"}
+    assert record["optional"]["passed"] == 1
     assert record["good"]["hash"] == "hash of good"
     assert record["good"]["rungs"] == {"cuda": {"6": 1, "8": 1}}
     assert prove.changed(record, found) == ["bad", "left_out", "missing"]
