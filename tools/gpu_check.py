@@ -131,7 +131,7 @@ def sanitizers(device: str) -> Stage:
         return {"status": "not run", "why": "no GPU", "calls on the CPU": called, "tools": list(commands)}
     if shutil.which("compute-sanitizer") is None:
         raise StageError("compute-sanitizer is not on PATH")
-    results = {}
+    results: dict[str, Stage] = {}
     for tool, outcome in _together(commands).items():
         if isinstance(outcome, StageError):
             results[tool] = {"status": "failed", "why": str(outcome)}
