@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 
 BIN := .venv/bin
-CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES = $(shell find csrc tests tools -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 # What was installed and built is remembered by a file whose name holds a hash of what it was made from.
 ENVIRONMENT_KEY := $(shell (cat requirements/*.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)
@@ -15,7 +15,7 @@ BUILD_KEY := $(shell (find csrc build_tools setup.py pyproject.toml -type f ! -n
 ENVIRONMENT := .venv/.installed-$(ENVIRONMENT_KEY)
 BUILD := .venv/.built-$(BUILD_KEY)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test prove gpu-check lint format clean
 
 demo: $(BUILD)
 	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo --threads 1 --picture demo-output/spectra.png
@@ -23,6 +23,15 @@ demo: $(BUILD)
 test: lint $(BUILD)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not timing' --numprocesses $(JOBS) --dist loadfile
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m timing
+	$(BIN)/python -m tools.prove --jobs $(JOBS)
+
+# The long ladder, where sources have changed since proofs.json was written; make prove SLICES="spectrum" in any case.
+prove: $(BUILD)
+	$(BIN)/python -m tools.prove $(if $(SLICES),--slices $(SLICES)) --jobs $(JOBS)
+
+# Needs no environment of ours where there is none: make gpu-check PYTHON=python3. Without a GPU it runs dry.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tools.gpu_check
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

@@ -162,10 +162,12 @@ def chosen() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def broken_headers(builder, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """A copy of the headers for each mutant that is asked for. All are sent to the compilers at once."""
+def broken_headers(builder, tmp_path_factory: pytest.TempPathFactory, request) -> dict[tuple[str, str], Path]:
+    """A copy of the headers for each mutant that pytest was asked for. All are sent to the compilers at once."""
     folders = {}
-    for number, (name, mutant) in enumerate(chosen()):
+    tests = [test for test in request.session.items if test.function is test_broken_kernel_is_found]
+    for number, parameters in enumerate(test.callspec.params for test in tests):
+        name, mutant = parameters["name"], parameters["mutant"]
         header, shipped, broken, build, _ = MUTANTS[name][mutant]
         folders[name, mutant] = tmp_path_factory.mktemp(f"mutant{number}")
         copy = folders[name, mutant] / "rmtkernels"

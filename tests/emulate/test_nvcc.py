@@ -1,110 +1,122 @@
-"""What nvcc makes of the kernels: no warning, no spill, no more registers than budgeted. To set a new budget, delete
-register_budget.json and run this test: it writes the file and fails once."""
+"""What nvcc makes of the kernels of every slice: no warning, no spill, machine code within its budget, and a clean
+error where there is no GPU. A new budget is made by `python -m tools.machine_code --write SLICE`."""
 
+import copy
 import ctypes
-import json
 import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from tools import machine_code
+from tools.machine_code import DEVICES, QUICK, Report, ToolError
+
 ROOT = Path(__file__).resolve().parents[2]
-BUDGET = Path(__file__).with_name("register_budget.json")
-ARCHITECTURE = "sm_90"
-SHIPPED = ("80", "86", "89", "90", "100", "120")
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-Werror",
-    "all-warnings",
-    "-Xcompiler",
-    "-Wall,-Wextra,-fPIC",
-    "-Icsrc/include",
-    "-Icsrc",
-]
-PTXAS = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Xptxas", "-Werror"]
+PROVE = os.environ.get("RMTKERNELS_PROVE") == "1"
+ARCHITECTURES = list(DEVICES) if PROVE else [QUICK]
+NO_DRIVER, NO_DEVICE = 35, 100
+LEAST_SHARED = 99 * 1024  # what every architecture gives a block
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
-KERNEL = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-                    r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)", re.DOTALL)  # fmt: skip
-TYPES = {"f": "<float>", "d": "<double>", None: ""}
-# Kernels of each slice. A compiler is busy for ten seconds with those of spectrum: its other architectures wait for
-# RMTKERNELS_PROVE=1.
-SLICES = {"sliding_window": 6, "spectrum": 3}
-PROVE = os.environ.get("RMTKERNELS_PROVE") == "1"
-NO_DRIVER, NO_DEVICE = 35, 100
+
+class Compiler:
+    """Compiles a slice for an architecture once per test session, and keeps the library."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.reports = folder, {}
+
+    def library(self, name: str, architecture: str) -> Path:
+        self.report(name, architecture)
+        return self.folder / f"{name}.{architecture}.so"
+
+    def report(self, name: str, architecture: str) -> Report:
+        if (name, architecture) not in self.reports:
+            library = self.folder / f"{name}.{architecture}.so"
+            self.reports[name, architecture] = machine_code.report(name, architecture, library=library)
+        return self.reports[name, architecture]
 
 
-def readable(mangled: str) -> str:
-    """A kernel's name and row type, from its Itanium name."""
-    length, rest = re.fullmatch(r"_ZN10rmtkernels(\d+)(\w+)", mangled).groups()
-    name, rest = rest[: int(length)], rest[int(length) :]
-    row_type = re.match(r"I(?:NS_\d+(\w+?)E|(f|d))E", rest)
-    if row_type is None:
-        return name
-    return f"{name}<{row_type[1]}>" if row_type[1] else name + TYPES[row_type[2]]
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiler:
+    return Compiler(tmp_path_factory.mktemp("nvcc"))
 
 
-class Compiled(NamedTuple):
-    kernels: dict[str, dict[str, int]]
-    object_file: Path
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", machine_code.compiled_slices())
+def test_machine_code_is_within_its_budget(compiler: Compiler, name: str, architecture: str) -> None:
+    """A spill, or any local memory, already stops the compiler."""
+    budget = machine_code.read_budget(name)
+    assert architecture in budget, f"python -m tools.machine_code --write {name}"
+    assert machine_code.over_budget(compiler.report(name, architecture), budget[architecture]) == []
 
 
-@pytest.fixture(scope="module", params=SLICES)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    output = tmp_path_factory.mktemp("nvcc") / f"{request.param}.o"
-    command = ["nvcc", *FLAGS, *PTXAS, f"-arch={ARCHITECTURE}", "-c", f"csrc/cuda/{request.param}.cu", "-o", output]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = {}
-    for mangled, stack, stores, loads, registers, rest in KERNEL.findall(done.stderr):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        found[readable(mangled)] = {
-            "registers": int(registers),
-            "local_bytes": int(stack) + int(stores) + int(loads),
-            "static_shared_bytes": int(shared[1]) if shared else 0,
-        }
-    assert len(found) == SLICES[request.param]
-    return Compiled(dict(sorted(found.items())), output)
+@pytest.mark.parametrize("name", machine_code.compiled_slices())
+def test_every_launch_fits_every_architecture(name: str) -> None:
+    for launches in machine_code.launches(name).values():
+        assert all(launch.shared <= LEAST_SHARED and 0 < launch.threads <= 1024 for launch in launches)
 
 
-def test_no_kernel_uses_local_or_static_shared_memory(compiled: Compiled) -> None:
-    """What they need of shared memory is dynamic; spectrum.cuh asserts that it fits 99 KB."""
-    used = {name for name, k in compiled.kernels.items() if k["local_bytes"] > 0 or k["static_shared_bytes"] > 0}
-    assert used == set()
+def broken_headers(folder: Path, header: str, shipped: str, broken: str) -> Path:
+    """The headers with one line changed."""
+    shutil.copytree(ROOT / "csrc/include/rmtkernels", folder / "rmtkernels")
+    source = (folder / "rmtkernels" / header).read_text()
+    assert source.count(shipped) == 1, f"{header} has changed"
+    (folder / "rmtkernels" / header).write_text(source.replace(shipped, broken))
+    return folder
 
 
-@pytest.mark.parametrize("name", ["sliding_window", *(["spectrum"] if PROVE else [])])
-def test_no_shipped_architecture_spills(tmp_path: Path, name: str) -> None:
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in SHIPPED]
-    source, output = f"csrc/cuda/{name}.cu", f"{tmp_path}/all.o"
-    command = ["nvcc", *FLAGS, *PTXAS, *targets, "--threads=2", "-c", source, "-o", output]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr  # ptxas warnings about spills and local memory are errors
+def test_a_kernel_that_spills_is_found(tmp_path: Path) -> None:
+    """The cap that somebody might give the compiler for the sake of occupancy: two blocks of 1024 threads."""
+    bounds = "__launch_bounds__(kAcceptThreads)"
+    overlay = broken_headers(tmp_path, "sliding_window.cuh", bounds, bounds.replace(")", ", 2)"))
+    with pytest.raises(ToolError, match=r"[Ss]pill"):
+        machine_code.report("sliding_window", QUICK, overlay=overlay)
 
 
-def test_registers_stay_within_budget(compiled: Compiled) -> None:
-    registers = {name: used["registers"] for name, used in compiled.kernels.items()}
-    budget = json.loads(BUDGET.read_text())[ARCHITECTURE] if BUDGET.exists() else {}
-    if not registers.keys() <= budget.keys():
-        BUDGET.write_text(json.dumps({ARCHITECTURE: dict(sorted({**budget, **registers}.items()))}, indent=2) + "\n")
-        pytest.fail(f"wrote {BUDGET.name}: look at it and commit it")
-    assert {name: (used, budget[name]) for name, used in registers.items() if used > budget[name]} == {}
+def test_loads_that_became_narrow_are_found(tmp_path: Path) -> None:
+    aligned = "return stride == 1 && dim % Pack<T>::kSize == 0"
+    overlay = broken_headers(tmp_path, "sliding_window.cuh", aligned, aligned.replace("return ", "return false && "))
+    found = machine_code.report("sliding_window", QUICK, overlay=overlay)
+    lines = machine_code.over_budget(found, machine_code.read_budget("sliding_window")[QUICK])
+    assert len([line for line in lines if "loads_of_16_bytes 0, budget" in line]) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("key", "worse"),
+    [
+        ("registers", 1), ("static_shared", 16), ("atomics", 1), ("local_bytes", 8), ("loads_of_16_bytes", -1),
+        ("tensor_core", -1),
+    ],
+)  # fmt: skip
+def test_each_figure_has_its_limit(key: str, worse: int) -> None:
+    kernel = {"registers": 40, "static_shared": 0, "atomics": 0, "local_bytes": 0, "loads_of_16_bytes": 4}
+    budget = {"kernel": {**kernel, "tensor_core": 8, "occupancy": {"any": 0.5}}}
+    assert machine_code.over_budget(budget, budget) == []
+    found = copy.deepcopy(budget)
+    found["kernel"][key] += worse
+    assert len(machine_code.over_budget(found, budget)) == 1
+    found = copy.deepcopy(budget)
+    found["kernel"]["occupancy"]["any"] = 0.4
+    assert machine_code.over_budget(found, budget) == ["kernel: occupancy 0.4 (any), budget 0.5"]
+    assert machine_code.over_budget({}, budget) == ["kernel: in the budget and not compiled"]
+    assert machine_code.over_budget(budget, {}) == ["kernel: not in the budget"]
+
+
+# One kernel launch of a slice, with pointers that lead nowhere. spectrum asks the runtime for shared memory first.
+LAUNCHES = {
+    "lowrank_linear": lambda library: library.rmtkernels_cuda_lowrank_linear(
+        ctypes.byref((ctypes.c_int64 * 11)(*[0] * 6, *[1] * 4, 0)), None
+    ),
+    "spectrum": lambda library: library.rmtkernels_cuda_spectrum_eigvalsh(
+        None, None, ctypes.c_bool(False), ctypes.c_int64(128), ctypes.c_int64(1), None
+    ),
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device, and these pointers lead nowhere")
-@pytest.mark.parametrize("n", [5, 128])
-def test_a_launch_without_a_device_is_a_clean_error(compiled: Compiled, n: int) -> None:
-    if compiled.object_file.stem != "spectrum":
-        pytest.skip("asked of spectrum, whose largest block asks the runtime for shared memory first")
-    library = compiled.object_file.with_suffix(".so")
-    subprocess.run(["nvcc", "-shared", "-o", library, compiled.object_file], check=True)
-    launch = ctypes.CDLL(str(library)).rmtkernels_cuda_spectrum_eigvalsh
-    error = launch(None, None, ctypes.c_bool(False), ctypes.c_int64(n), ctypes.c_int64(1), None)
-    assert error in (NO_DRIVER, NO_DEVICE)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_without_a_device_is_a_clean_error(compiler: Compiler, name: str) -> None:
+    assert LAUNCHES[name](ctypes.CDLL(str(compiler.library(name, QUICK)))) in (NO_DRIVER, NO_DEVICE)
