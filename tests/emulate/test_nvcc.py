@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.emulate.lanczos_kernel import Rows
 from tools import machine_code
 from tools.machine_code import DEVICES, QUICK, Report, ToolError
 
@@ -107,6 +108,7 @@ def test_each_figure_has_its_limit(key: str, worse: int) -> None:
 
 # One kernel launch of a slice, with pointers that lead nowhere. spectrum asks the runtime for shared memory first.
 LAUNCHES = {
+    "lanczos": lambda library: library.rmtkernels_cuda_lanczos_orthonormalize(ctypes.byref(Rows(count=1, dim=1)), None),
     "lowrank_linear": lambda library: library.rmtkernels_cuda_lowrank_linear(
         ctypes.byref((ctypes.c_int64 * 11)(*[0] * 6, *[1] * 4, 0)), None
     ),
