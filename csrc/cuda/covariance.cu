@@ -92,7 +92,7 @@ cudaError_t add_sample(const CovarianceUpdate& u, const CovarianceBatch& batch, 
   if (norm_blocks > kMostBlocksX) return cudaErrorInvalidConfiguration;
   RMT_LAUNCH((covariance_norms_kernel<X>), dim3(unsigned(norm_blocks)), dim3(kSampleThreads), 0, stream, batch,
              kLargest, work.given);
-  RMT_LAUNCH(covariance_select_kernel, dim3(1), dim3(kSelectThreads), 0, stream, batch, work);
+  RMT_LAUNCH(covariance_select_kernel, dim3(1), dim3(kSelectThreads), 0, stream, batch, kLargest, work);
   if (u.dim > 0) {
     const int64_t across = ceil_div(u.dim, kLanesAcross * Pack<X>::kSize),
                   parts = std::min(kMostParts, ceil_div(u.rows, kLeastPartRows));

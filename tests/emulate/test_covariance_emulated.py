@@ -207,6 +207,10 @@ def test_weights_of_any_size_overflow_no_float16(library) -> None:
     batch = (normal(60, 12) * 10.0 ** torch.linspace(-4, 4, 12)).to(BFLOAT)
     state, want = updated(library, FLOAT, batch, weights=weights), oracle(batch, weights=weights)
     assert_near(state, want, 10)
+    for dtype, size in itertools.product((FLOAT, BFLOAT), (2.0**-200, 2.0**990)):
+        rows = torch.arange(-4, 5).to(dtype).expand(7, 9)
+        state = updated(library, FLOAT, rows, weights=torch.full((7,), size, dtype=DOUBLE))
+        assert (state.scatter.tril() == 0).all() and torch.equal(state.mean, rows[0].double())
 
 
 REFUSED: dict[str, dict[str, Any]] = {

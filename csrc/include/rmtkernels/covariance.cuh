@@ -151,7 +151,7 @@ __device__ __forceinline__ int rows_before(int mine, int* room, int* all) {
 
 // One block: lists the rows that count in their order, and adds their weights up.
 __global__ void __launch_bounds__(kSelectThreads)
-    covariance_select_kernel(const CovarianceBatch batch, const CovarianceWork work) {
+    covariance_select_kernel(const CovarianceBatch batch, const double largest, const CovarianceWork work) {
   RMT_SHARED int counts[2][kSelectThreads / kWarpSize];
   RMT_SHARED double sums[4][kSelectThreads / kWarpSize];
   int64_t listed = 0;
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kSelectThreads)
       if (!(given[i] > 0)) continue;
       work.offset[place] = (own + i) * batch.row_stride;
       work.weight[place] = given[i];
-      work.root[place] = sqrt(given[i]);
+      work.root[place] = fmin(sqrt(given[i]), largest);  // more belongs to a row at the mean, or to a refused update
       ++place;
     }
     listed += all;

@@ -20,20 +20,25 @@ constexpr int kTensorRow = kTensorTile + 8;           // float16 numbers from on
 constexpr int64_t kTensorChunkRows = 4 * kChunkRows;  // added in registers
 constexpr int kHalves = 2;                            // high, low
 
+// Of a column: x less its mean, times the scale, is fma(x, scale, high) + low, where the first sum is exact wherever
+// digits would be lost.
+struct TensorCentre {
+  float scale, high, low, unscale;  // scale: a power of two; unscale: one over it
+};
+
 struct TensorShared {
   float16 part[2][2][kHalves][kTensorDepth][kTensorRow];  // by turns, of rows and of columns of the tile
-  float high[2][kTensorTile], low[2][kTensorTile];        // the means' two parts
-  float scale[2][kTensorTile], unscale[2][kTensorTile];   // powers of two, and one over them
+  TensorCentre centre[2][kTensorTile];
   ScatterBlock<float> block;
 };
 static_assert(sizeof(TensorShared) <= 99 * 1024, "the least that a shipped architecture gives a block");
 
-// The largest power of two p with p sqrt(moment) <= 2^15, within float32's range.
+// The largest power of two p with p sqrt(moment) <= 2^15, within 2^60: a mean times the scale still fits float32.
 __device__ __forceinline__ float column_scale(double moment) {
   int exponent = 0;
   frexp(sqrt(moment), &exponent);  // sqrt(moment) < 2^exponent; 0 for 0
   const int power = 15 - exponent;
-  return ldexpf(1, power > 120 ? 120 : power < -120 ? -120 : power);
+  return ldexpf(1, power > 60 ? 60 : power < -60 ? -60 : power);
 }
 
 // A warp's fragments of one slice: 32 rows of the tile by 64 of its columns, over kTensorDepth rows of the batch.
@@ -107,20 +112,24 @@ class WarpTile {
   }
 };
 
+// Splits a pack of row k, which begins at `column` of a side of the tile.
 template <class X>
 __device__ __forceinline__ void store_halves(TensorShared& shared, int turn, int side, int k, int column,
                                              const Pack<X>& pack, float root) {
-  Pack<float16> high, low;
+  uint32_t high[Pack<X>::kSize / 2], low[Pack<X>::kSize / 2];
 #pragma unroll
-  for (int c = 0; c < Pack<X>::kSize; ++c) {
-    const int j = column + c;
-    const SplitCentre<X> centre{shared.high[side][j], shared.low[side][j]};
-    const float value = centre.subtract_from(pack.value[c]) * root * shared.scale[side][j];
-    round_to(value, &high.value[c]);
-    round_to(value - to_float(high.value[c]), &low.value[c]);
+  for (int pair = 0; pair < Pack<X>::kSize / 2; ++pair) {
+    float value[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const TensorCentre centre = shared.centre[side][column + 2 * pair + c];
+      value[c] = (fmaf(to_float(pack.value[2 * pair + c]), centre.scale, centre.high) + centre.low) * root;
+    }
+    high[pair] = round_pair(value[0], value[1]);
+    low[pair] = round_pair(value[0] - first_of(high[pair]), value[1] - second_of(high[pair]));
   }
-  *reinterpret_cast<Pack<float16>*>(&shared.part[turn][side][0][k][column]) = high;
-  *reinterpret_cast<Pack<float16>*>(&shared.part[turn][side][1][k][column]) = low;
+  memcpy(&shared.part[turn][side][0][k][column], high, sizeof(high));
+  memcpy(&shared.part[turn][side][1][k][column], low, sizeof(low));
 }
 
 // Grid (tiles, splits), sizeof(TensorShared) bytes of shared memory.
@@ -140,12 +149,9 @@ __global__ void __launch_bounds__(kScatterThreads, 1) covariance_tensor_kernel(c
     const int side = i / kTensorTile, c = i % kTensorTile;
     const int64_t j = (side == 0 ? block.first_row : block.first_column) + c;
     const bool exists = j < args.batch.dim;
-    const SplitCentre<X> centre = SplitCentre<X>::of(exists ? args.work.mean[j] : 0);
-    const float scale = column_scale(exists ? args.work.moment[j] : 0);
-    shared->high[side][c] = centre.high;
-    shared->low[side][c] = centre.low;
-    shared->scale[side][c] = scale;
-    shared->unscale[side][c] = 1 / scale;
+    const double mean = exists ? args.work.mean[j] : 0;
+    const float scale = column_scale(exists ? args.work.moment[j] : 0), high = float(mean);
+    shared->centre[side][c] = {scale, -high * scale, float(high - mean) * scale, 1 / scale};
   }
   Slice slice[2] = {};
   SliceRows<Slice::kEach, float> rows;
@@ -175,10 +181,9 @@ __global__ void __launch_bounds__(kScatterThreads, 1) covariance_tensor_kernel(c
     if (more) store(turn ^ 1);
     if (!more || (first + kTensorDepth - begin) % kTensorChunkRows == 0)
       tile.flush([&](int row, int column, float left, float right) {
-        const double down = shared->unscale[0][row];
-        block.add(row, column,
-                  {float(left * (down * shared->unscale[1][column])),
-                   float(right * (down * shared->unscale[1][column + 1]))});
+        const double down = shared->centre[0][row].unscale;
+        const TensorCentre* const across = &shared->centre[1][column];
+        block.add(row, column, {float(left * (down * across[0].unscale)), float(right * (down * across[1].unscale))});
       });
     __syncthreads();
   }

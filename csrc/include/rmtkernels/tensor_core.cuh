@@ -1,4 +1,4 @@
-// The two instructions by which float16 products reach the tensor cores of an NVIDIA GPU (sm_80 and newer), each behind
+// The instructions by which float16 products reach the tensor cores of an NVIDIA GPU (sm_80 and newer), each behind
 // one wrapper. Everywhere else, under emulation too, a scalar body does the same from lane to lane.
 //
 // "Warp" means 32 threads here, lane = threadIdx.x % 32, blocks are one-dimensional; all lanes of the hardware's warp
@@ -39,6 +39,22 @@ __device__ __forceinline__ void load_transposed(uint32_t (&part)[4], const float
   }
 #endif
 }
+
+// Two numbers rounded to float16, the first in the low half.
+__device__ __forceinline__ uint32_t round_pair(float first, float second) {
+#if RMT_TENSOR_CORES
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  float16 low, high;
+  round_to(first, &low);
+  round_to(second, &high);
+  return low.bits | uint32_t(high.bits) << 16;
+#endif
+}
+__device__ __forceinline__ float first_of(uint32_t pair) { return to_float(float16{uint16_t(pair)}); }
+__device__ __forceinline__ float second_of(uint32_t pair) { return to_float(float16{uint16_t(pair >> 16)}); }
 
 // The float32 next to x towards zero, which is how tensor cores round sums.
 RMT_HD float towards_zero(double x) {

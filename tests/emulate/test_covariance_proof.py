@@ -1,0 +1,183 @@
+"""The CUDA kernels of covariance under the sanitizers and nvcc, and with one line broken, which must be found.
+
+RMTKERNELS_PROVE=1 runs all of it; else what takes seconds."""
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADERS = ROOT / "csrc/include/rmtkernels"
+BUDGET = Path(__file__).with_name("register_budget.json")
+SLICE = "covariance"
+SHIPPED = ("80", "86", "89", "90", "100", "120")
+NVCC = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-fPIC", "-Icsrc/include",
+        "-Icsrc", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Xptxas", "-Werror"]  # fmt: skip
+NO_DEVICE = (35, 100)  # the driver is missing or too old; no device
+
+prove = pytest.mark.skipif("RMTKERNELS_PROVE" not in os.environ, reason="RMTKERNELS_PROVE=1 runs it")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+def run(program: Path, workers: int, schedule: str = "rand") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"EMU_WORKERS": str(workers), "EMU_SCHED": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@prove
+@pytest.mark.parametrize(("build", "blocks"), [("thread", 1), ("thread", 2), ("memory", 1), ("wavefronts of 64", 1)])
+def test_checkers_are_silent(builder, build: str, blocks: int) -> None:
+    done = run(builder.driver(build, SLICE), blocks)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+
+
+SAMPLE, SCATTER, TENSOR, CORE = (
+    "covariance.cuh", "covariance_scatter.cuh", "covariance_tensor.cuh", "tensor_core.cuh"
+)  # fmt: skip
+# (header, text as shipped, text broken, build, what it says). The plain build says what the driver's reference found.
+MUTANTS = {
+    "the list is read before it is there":
+        (SAMPLE, "__syncthreads();  // the list is there", "", "thread", "data race"),
+    "one room for the counts of two steps":
+        (SAMPLE, "__syncthreads();\n  *all = 0;", "*all = 0;", "thread", "data race"),
+    "columns are added up too early":
+        (SAMPLE, "__syncthreads();\n  for (int i = threadIdx.x; i < kLanesAcross", "for (int i = threadIdx.x; i < "
+         "kLanesAcross", "thread", "data race"),
+    "every thread writes the totals":
+        (SAMPLE, "if (threadIdx.x != 0) return;\n  *work.plan", "*work.plan", "thread", "data race"),
+    "masked rows count":
+        (SAMPLE, "!batch.mask[row", "batch.mask[row", "plain", "wrong result"),
+    "rejected rows count":
+        (SAMPLE, "<= largest)) weight = kGivenRejected", "<= largest)) weight = 1", "plain", "wrong result"),
+    "a part of the list is left out":
+        (SAMPLE, "part * rows_per_part(chosen.rows) < chosen.rows", "part < 1", "plain", "wrong result"),
+    "the last pack reads past the row":
+        (SAMPLE, "first + Pack<X>::kSize <= dim", "first < dim", "memory", "heap-buffer-overflow"),
+    "any address is taken for aligned":
+        (SAMPLE, "if (allows_packs && first", "if (first", "memory", "misaligned"),
+    "what was there does not decay":
+        (SCATTER, "T(plan.decay) * *place", "*place", "plain", "wrong result"),
+    "the gap of the means is forgotten":
+        (SCATTER, "multiply_add(gap_i, gap_j,", "multiply_add(0 * gap_i, gap_j,", "plain", "wrong result"),
+    "a fresh state is read":
+        (SCATTER, "if (plan.fresh) return 0;", "", "plain", "wrong result"),
+    "the upper triangle is written":
+        (SCATTER, "row < rows && column <= row + reach", "row < rows && column <= row + reach + 1", "plain",
+         "wrong result"),
+    "rows past the last are written":
+        (SCATTER, "return row < rows && column", "return column", "memory", "heap-buffer-overflow"),
+    "a slab is left out":
+        (SCATTER, "int64_t split = 0; split * share", "int64_t split = 1; split * share", "plain", "wrong result"),
+    "the mean's low part is forgotten":
+        (SCATTER, "(to_float(x) - high) - low", "(to_float(x) - high) - 0 * low", "plain", "wrong result"),
+    "rows past the list's end count":
+        (SCATTER, "listed ? T(work.root[k]) : T(0)", "T(1)", "plain", "wrong result"),
+    "rows are multiplied while they are overwritten":
+        (SCATTER, "        }\n    }\n    __syncthreads();", "        }\n    }", "thread", "data race"),
+    "means are read before they are there":
+        (SCATTER, "__syncthreads();  // the centres are there", "// the centres are there", "thread", "data race"),
+    "low times high is left out":
+        (TENSOR, "multiply(slice, a[step], b, 1, 0);", "", "plain", "wrong result"),
+    "the scale is not undone":
+        (TENSOR, "1 / scale}", "2 / scale}", "plain", "wrong result"),
+    "halves are multiplied while they are overwritten":
+        (TENSOR, "      });\n    __syncthreads();", "      });", "thread", "data race"),
+    "a fragment comes from other rows of the batch":
+        (TENSOR, "lane_ % 8 + lane_ / 16 * 8]", "lane_ % 8 + lane_ / 8 % 2 * 8]", "plain", "wrong result"),
+    "more shared memory than was asked for":
+        (TENSOR, "part[2][2][kHalves]", "part[1][2][kHalves]", "memory", "out of bounds"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken_headers(builder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A copy of the headers for each mutant. All are sent to the compilers at once."""
+    folders = {}
+    for number, (mutant, (header, shipped, broken, build, _)) in enumerate(MUTANTS.items()):
+        folders[mutant] = tmp_path_factory.mktemp(f"covariance_mutant{number}")
+        copy = folders[mutant] / "rmtkernels"
+        shutil.copytree(HEADERS, copy)
+        source = (copy / header).read_text()
+        assert source.count(shipped) == 1, f"{mutant}: {header} has changed"
+        (copy / header).write_text(source.replace(shipped, broken))
+        builder.start_driver(build, SLICE, folders[mutant])
+    return folders
+
+
+@prove
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], mutant: str) -> None:
+    build, message = MUTANTS[mutant][-2:]
+    done = run(builder.driver(build, SLICE, broken_headers[mutant]), 1)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+def readable(mangled: str) -> str:
+    """A kernel's name<rows, state>, from its Itanium name."""
+    name, types = re.fullmatch(r"_ZN10rmtkernels\d+(\w+?_kernel)(?:I((?:[fd]|NS_\d+\w+?E)+)E)?E\w*", mangled).groups()
+    found = re.findall(r"[fd]|NS_\d+([a-z]+\d+)E", types or "")
+    spelt = re.findall(r"([fd])|NS_\d+([a-z]+\d+)E", types or "")
+    assert len(found) == len(spelt)
+    words = [{"f": "float", "d": "double"}.get(short, long) for short, long in spelt]
+    return f"{name}<{', '.join(words)}>" if words else name
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """The kernels for one architecture as a shared library, and the registers of each; a spill is an error."""
+    library = tmp_path_factory.mktemp("nvcc") / "covariance.so"
+    command = [*NVCC, "-arch=sm_90", "-shared", f"csrc/cuda/{SLICE}.cu", "-o", str(library)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", done.stderr, re.DOTALL)
+    return library, {readable(mangled): int(registers) for mangled, registers in found}
+
+
+@needs_nvcc
+def test_registers_stay_within_budget(compiled: tuple[Path, dict[str, int]]) -> None:
+    budget = json.loads(BUDGET.read_text())["covariance sm_90"]
+    assert compiled[1].keys() == budget.keys()
+    assert {name: (used, budget[name]) for name, used in compiled[1].items() if used > budget[name]} == {}
+
+
+@needs_nvcc
+def test_a_launch_without_a_device_is_a_clean_error(compiled: tuple[Path, dict[str, int]]) -> None:
+    library = ctypes.CDLL(str(compiled[0]))
+    nothing = (ctypes.c_int64 * 16)()  # of no rows
+    assert library.rmtkernels_cuda_covariance_update(nothing, None) == 0
+    one_row = (ctypes.c_int64 * 16)(*(0,) * 7, 1)
+    if shutil.which("nvidia-smi") is None:
+        assert library.rmtkernels_cuda_covariance_update(one_row, None) in NO_DEVICE
+
+
+@prove
+@needs_nvcc
+def test_no_shipped_architecture_spills(tmp_path: Path) -> None:
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in SHIPPED]
+    command = [*NVCC, *targets, "--threads=2", "-c", f"csrc/cuda/{SLICE}.cu", "-o", str(tmp_path / "all.o")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@prove
+@needs_nvcc
+def test_instructions(tmp_path: Path) -> None:
+    """16-byte loads of rows, tensor cores in the kernels for 16-bit rows and in no other, and no atomic."""
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc/include", "-Icsrc", "-arch=compute_80", "-ptx",
+               f"csrc/cuda/{SLICE}.cu", "-o", str(tmp_path / "all.ptx")]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+    bodies = re.split(r"\.entry (\w+)", (tmp_path / "all.ptx").read_text())[1:]
+    kernels = {readable(mangled): body for mangled, body in zip(bodies[::2], bodies[1::2], strict=True)}
+    for name, body in kernels.items():
+        assert not re.search(r"\b(atom|red)\.", body), name
+        assert ("mma.sync" in body) == ("ldmatrix" in body) == ("tensor" in name), name
+        assert "tf32" not in body, name
+        if re.search("norms|sums|scatter|tensor", name):
+            assert re.search(r"ld\.global\S*\.v(4\.[a-z]32|2\.[a-z]64)", body), name
