@@ -122,10 +122,8 @@ def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], mutant
 def readable(mangled: str) -> str:
     """A kernel's name<rows, state>, from its Itanium name."""
     name, types = re.fullmatch(r"_ZN10rmtkernels\d+(\w+?_kernel)(?:I((?:[fd]|NS_\d+\w+?E)+)E)?E\w*", mangled).groups()
-    found = re.findall(r"[fd]|NS_\d+([a-z]+\d+)E", types or "")
     spelt = re.findall(r"([fd])|NS_\d+([a-z]+\d+)E", types or "")
-    assert len(found) == len(spelt)
-    words = [{"f": "float", "d": "double"}.get(short, long) for short, long in spelt]
+    words = [{"f": "float", "d": "double"}.get(letter, other) for letter, other in spelt]
     return f"{name}<{', '.join(words)}>" if words else name
 
 
