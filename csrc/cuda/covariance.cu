@@ -49,7 +49,7 @@ CovarianceWork take_work(Arena& arena, int64_t rows, int64_t dim) {
 
 template <class T>
 T* take_slabs(Arena& arena, int64_t rows, int64_t dim) {
-  const int64_t tiles = tiles_of(dim, kTile<T>), splits = most_splits(rows, std::max<int64_t>(tiles, 1));
+  const int64_t tiles = tiles_of(dim, kTile<T>), splits = tiles > 0 ? splits_of(rows, tiles) : 1;
   return arena.take<T>(splits > 1 ? splits * tiles * kTile<T> * kTile<T> : 0);
 }
 
@@ -74,12 +74,12 @@ cudaError_t launch_products(const CovarianceScatter<T>& scatter, dim3 grid, cuda
 template <class X, class T>
 cudaError_t add_scatter(const CovarianceBatch& batch, const CovarianceWork& work, T* scatter, T* slabs,
                         cudaStream_t stream) {
-  const int64_t tiles = tiles_of(batch.dim, kTile<T>), splits = most_splits(batch.rows, tiles);
+  const int64_t tiles = tiles_of(batch.dim, kTile<T>), splits = splits_of(batch.rows, tiles);
   if (tiles > kMostBlocksX) return cudaErrorInvalidConfiguration;
   const CovarianceScatter<T> args{batch, work, scatter, slabs};
   const cudaError_t error = launch_products<X, T>(args, dim3(unsigned(tiles), unsigned(splits)), stream);
   if (error != cudaSuccess || splits == 1) return error;
-  RMT_LAUNCH((covariance_slabs_kernel<T>), dim3(unsigned(tiles)), dim3(kScatterThreads), 0, stream, args);
+  RMT_LAUNCH((covariance_slabs_kernel<T>), dim3(unsigned(tiles), kSlabBlocks), dim3(kScatterThreads), 0, stream, args);
   return cudaGetLastError();
 }
 

@@ -165,7 +165,7 @@ int main() {
   // name, rows, dim, offset, aligned, weighted, poison. A split has 64 rows at least in these builds.
   const Scenario few[] = {{"two tiles", 37, 133, 100, false, true, 3}, {"packs", 70, 16, 3, true, false, -1}};
   const Scenario many[] = {{"one column", 3, 1, 0, false, false, 0},
-                           {"splits", 200, 24, 1e4, true, true, 199},
+                           {"splits", 200, 24, 1e6, true, true, 199},
                            {"splits of tiles", 130, 131, 0, true, false, -1},
                            {"odd", 135, 67, 10, false, true, -1}};
   bool right = true;

@@ -58,9 +58,9 @@ MUTANTS = {
     "a part of the list is left out":
         (SAMPLE, "part * rows_per_part(chosen.rows) < chosen.rows", "part < 1", "plain", "wrong result"),
     "the last pack reads past the row":
-        (SAMPLE, "first + Pack<X>::kSize <= dim", "first < dim", "memory", "heap-buffer-overflow"),
+        (SAMPLE, "left == Pack<X>::kSize", "left > 0", "memory", "heap-buffer-overflow"),
     "any address is taken for aligned":
-        (SAMPLE, "if (allows_packs && first", "if (first", "memory", "misaligned"),
+        (SAMPLE, "if (allows_packs && left", "if ((allows_packs || true) && left", "memory", "misaligned"),
     "what was there does not decay":
         (SCATTER, "T(plan.decay) * *place", "*place", "plain", "wrong result"),
     "the gap of the means is forgotten":
@@ -68,26 +68,29 @@ MUTANTS = {
     "a fresh state is read":
         (SCATTER, "if (plan.fresh) return 0;", "", "plain", "wrong result"),
     "the upper triangle is written":
-        (SCATTER, "row < rows && column <= row + reach", "row < rows && column <= row + reach + 1", "plain",
-         "wrong result"),
+        (SCATTER, "row < rows && column <= row + reach", "row < rows && column < row + reach + 2 && column < rows",
+         "plain", "wrong result"),
     "rows past the last are written":
         (SCATTER, "return row < rows && column", "return column", "memory", "heap-buffer-overflow"),
     "a slab is left out":
         (SCATTER, "int64_t split = 0; split * share", "int64_t split = 1; split * share", "plain", "wrong result"),
     "the mean's low part is forgotten":
-        (SCATTER, "(to_float(x) - high) - low", "(to_float(x) - high) - 0 * low", "plain", "wrong result"),
+        (SCATTER, "(x - high[c]) - low[c]", "(x - high[c]) - 0 * low[c]", "plain", "wrong result"),
     "rows past the list's end count":
-        (SCATTER, "listed ? T(work.root[k]) : T(0)", "T(1)", "plain", "wrong result"),
+        (SCATTER, "listed ? T(work.root[begin + row]) : T(0)", "T(1)", "plain", "wrong result"),
+    "the list's next rows do not come":
+        (SCATTER, "block.begin, block.end, done + RowList<T>::kLength)", "block.begin, block.end, done)", "plain",
+         "wrong result"),
     "rows are multiplied while they are overwritten":
-        (SCATTER, "        }\n    }\n    __syncthreads();", "        }\n    }", "thread", "data race"),
+        (SCATTER, "      }\n    }\n    __syncthreads();\n  }\n}", "      }\n    }\n  }\n}", "thread", "data race"),
     "means are read before they are there":
-        (SCATTER, "__syncthreads();  // the centres are there", "// the centres are there", "thread", "data race"),
+        (SCATTER, "__syncthreads();  // the list and", "// the list and", "thread", "data race"),
     "low times high is left out":
-        (TENSOR, "multiply(slice, a[step], b, 1, 0);", "", "plain", "wrong result"),
+        (TENSOR, "multiply(slice, a_[step], b, 1, 0);", "", "plain", "wrong result"),
     "the scale is not undone":
-        (TENSOR, "1 / scale}", "2 / scale}", "plain", "wrong result"),
+        (TENSOR, "1 / power;", "2 / power;", "plain", "wrong result"),
     "halves are multiplied while they are overwritten":
-        (TENSOR, "      });\n    __syncthreads();", "      });", "thread", "data race"),
+        (TENSOR, "shared->means);\n    __syncthreads();", "shared->means);", "thread", "data race"),
     "a fragment comes from other rows of the batch":
         (TENSOR, "lane_ % 8 + lane_ / 16 * 8]", "lane_ % 8 + lane_ / 8 % 2 * 8]", "plain", "wrong result"),
     "more shared memory than was asked for":

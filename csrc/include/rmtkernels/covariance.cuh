@@ -75,13 +75,14 @@ __device__ __forceinline__ double to_double(double x) {
 // Elements first .. first + size - 1 of a row of `dim`; 0 past its end.
 template <class X>
 __device__ __forceinline__ Pack<X> load_pack(const X* row, int64_t first, int64_t dim, bool allows_packs) {
+  const int left = dim - first < Pack<X>::kSize ? int(dim - first) : Pack<X>::kSize;
   Pack<X> pack;
-  if (allows_packs && first + Pack<X>::kSize <= dim) {
+  if (allows_packs && left == Pack<X>::kSize) {
     const uint4 bits = *reinterpret_cast<const uint4*>(row + first);
     memcpy(&pack, &bits, sizeof(bits));
   } else {
 #pragma unroll
-    for (int i = 0; i < Pack<X>::kSize; ++i) pack.value[i] = first + i < dim ? row[first + i] : X{};
+    for (int i = 0; i < Pack<X>::kSize; ++i) pack.value[i] = i < left ? row[first + i] : X{};
   }
   return pack;
 }
@@ -249,6 +250,7 @@ __global__ void __launch_bounds__(kSampleThreads)
   double spread = 0, gap = 0, diagonal = 0;
   if (j < dim && chosen.rows > 0) {
     double sum = 0, squares = 0;
+#pragma unroll 8
     for (int64_t part = 0; part * rows_per_part(chosen.rows) < chosen.rows; ++part) {
       sum += work.parts[2 * part * dim + j];
       squares += work.parts[(2 * part + 1) * dim + j];

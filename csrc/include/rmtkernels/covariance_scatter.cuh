@@ -21,10 +21,11 @@
 namespace rmtkernels {
 
 constexpr int kScatterThreads = 256;
-constexpr int64_t kWantedBlocks = 528;  // of the grid: twice two for each of 132 multiprocessors
-constexpr int64_t kChunkRows =
-    RMT_COVARIANCE_CHUNK_ROWS;                       // added in a register on CUDA cores; splits are multiples of it
-constexpr int64_t kLeastSplitRows = 2 * kChunkRows;  // a slab costs about as much as so many rows
+constexpr int64_t kWaveBlocks = 264;  // in flight at once: two on each of 132 multiprocessors
+constexpr int64_t kMostWaves = 8;
+constexpr int64_t kChunkRows = RMT_COVARIANCE_CHUNK_ROWS;  // added in a register on CUDA cores
+constexpr int64_t kLeastSplitRows = kChunkRows;            // a slab costs about as much as half as many rows
+constexpr int64_t kSplitStep = 32;                         // splits are multiples of it, and of every slice
 
 template <class T>
 constexpr int kTile = sizeof(T) == 4 ? 128 : 64;
@@ -46,15 +47,23 @@ RMT_HD int64_t tiles_of(int64_t dim, int64_t tile) {
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
-// Most splits that a list of so many rows has.
-RMT_HD int64_t most_splits(int64_t rows, int64_t tiles) {
-  const int64_t wanted = (kWantedBlocks + tiles - 1) / tiles, most = rows / kLeastSplitRows;
-  return wanted < most ? wanted : most > 1 ? most : 1;
+// Splits of a list of so many rows: enough that blocks come in nearly full waves, if the rows suffice.
+RMT_HD int64_t splits_of(int64_t rows, int64_t tiles) {
+  const int64_t most = rows > kLeastSplitRows ? rows / kLeastSplitRows : 1;
+  int64_t best = 1, best_blocks = 0, best_waves = 1;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    int64_t splits = waves * kWaveBlocks / tiles;
+    if (splits > most) splits = most;
+    if (splits * tiles * best_waves > best_blocks * waves)
+      best = splits, best_blocks = splits * tiles, best_waves = waves;
+    if (best_blocks * 10 >= best_waves * kWaveBlocks * 9) break;
+  }
+  return best;
 }
 
 RMT_HD int64_t rows_per_split(int64_t rows, int64_t tiles) {
-  const int64_t splits = most_splits(rows, tiles), share = (rows + splits - 1) / splits;
-  return (share + kChunkRows - 1) / kChunkRows * kChunkRows;
+  const int64_t splits = splits_of(rows, tiles), share = (rows + splits - 1) / splits;
+  return (share + kSplitStep - 1) / kSplitStep * kSplitStep;
 }
 
 // Row and column of a tile of the lower triangle, counted row by row.
@@ -107,37 +116,60 @@ struct ScatterBlock {
 
   // Writes what the sums begin with. A barrier has to follow.
   __device__ __forceinline__ void start(const CovarianceScatter<T>& s, const CovariancePlan& plan) const {
+    constexpr int kAtOnce = 8;  // loads that do not wait for each other
 #pragma unroll 1
-    for (int e = threadIdx.x; e < kTile<T> * kTile<T>; e += kScatterThreads) {
-      const int row = e / kTile<T>, column = e % kTile<T>;
-      if (!exists(row, column)) continue;
-      T* const place = sums + row * stride + column;
-      *place = is_slab ? T(0) : carried(s, plan, first_row + row, first_column + column, place);
+    for (int first = threadIdx.x; first < kTile<T> * kTile<T>; first += kAtOnce * kScatterThreads) {
+      T value[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int e = first + i * kScatterThreads, row = e / kTile<T>, column = e % kTile<T>;
+        value[i] = !is_slab && exists(row, column)
+                       ? carried(s, plan, first_row + row, first_column + column, sums + row * stride + column)
+                       : T(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int e = first + i * kScatterThreads, row = e / kTile<T>, column = e % kTile<T>;
+        if (exists(row, column)) sums[row * stride + column] = value[i];
+      }
     }
   }
 
-  // Adds neighbouring entries, at most a pack.
+  // Neighbouring sums, at most a pack; anything where none exists.
   template <int kCount>
-  __device__ __forceinline__ void add(int row, int column, const T (&value)[kCount]) const {
-    struct alignas(kCount * sizeof(T)) Neighbours {
-      T value[kCount];
-    };
+  struct alignas(kCount * sizeof(T)) Neighbours {
+    T value[kCount];
+  };
+
+  template <int kCount>
+  __device__ __forceinline__ Neighbours<kCount> read(int row, int column) const {
+    Neighbours<kCount> found = {};
+    if (!exists(row, column)) return found;
+    const T* const from = sums + row * stride + column;
+    if (allows_packs && exists(row, column + kCount - 1)) return *reinterpret_cast<const Neighbours<kCount>*>(from);
+#pragma unroll
+    for (int c = 0; c < kCount; ++c)
+      if (exists(row, column + c)) found.value[c] = from[c];
+    return found;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void write(int row, int column, const Neighbours<kCount>& all) const {
     if (!exists(row, column)) return;
     T* const to = sums + row * stride + column;
     if (allows_packs && exists(row, column + kCount - 1)) {
-      Neighbours all = *reinterpret_cast<const Neighbours*>(to);
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) all.value[c] += value[c];
-      *reinterpret_cast<Neighbours*>(to) = all;
-    } else {
-#pragma unroll
-      for (int c = 0; c < kCount; ++c)
-        if (exists(row, column + c)) to[c] += value[c];
+      *reinterpret_cast<Neighbours<kCount>*>(to) = all;
+      return;
     }
+#pragma unroll
+    for (int c = 0; c < kCount; ++c)
+      if (exists(row, column + c)) to[c] = all.value[c];
   }
 };
 
-// S += the slabs. A block per tile.
+constexpr int kSlabBlocks = 16;  // of a tile
+
+// S += the slabs. Grid (tiles, kSlabBlocks).
 template <class T>
 __global__ void __launch_bounds__(kScatterThreads) covariance_slabs_kernel(const CovarianceScatter<T> args) {
   constexpr int64_t kEntries = int64_t(kTile<T>) * kTile<T>;
@@ -147,42 +179,93 @@ __global__ void __launch_bounds__(kScatterThreads) covariance_slabs_kernel(const
   if (share >= plan.rows) return;
   int64_t tile_row, tile_column;
   find_tile(blockIdx.x, &tile_row, &tile_column);
-  for (int e = threadIdx.x; e < kEntries; e += kScatterThreads) {
+  for (int e = blockIdx.y * kScatterThreads + threadIdx.x; e < kEntries; e += kSlabBlocks * kScatterThreads) {
     const int64_t i = tile_row * kTile<T> + e / kTile<T>, j = tile_column * kTile<T> + e % kTile<T>;
     if (i >= dim || j > i) continue;
     T* const place = args.scatter + i * dim + j;
     T sum = 0;
+#pragma unroll 4
     for (int64_t split = 0; split * share < plan.rows; ++split)
       sum += args.slabs[(split * tiles + blockIdx.x) * kEntries + e];
     *place = carried(args, plan, i, j, place) + sum;
   }
 }
 
-// An element less its column's mean, rounded to T.
-template <class X, class T>
-struct RoundedCentre {
-  double mean;
-  static __device__ __forceinline__ RoundedCentre of(double m) { return {m}; }
-  __device__ __forceinline__ T subtract_from(X x) const { return T(to_double(x) - mean); }
+// Means of the columns of both sides of a tile, in shared memory: an element less its column's mean, rounded to T.
+template <class T>
+struct WholeMeans {
+  alignas(16) double mean[2][kTile<T>];
+
+  __device__ __forceinline__ void set(int side, int column, double m) { mean[side][column] = m; }
+
+  template <int kCount>
+  struct Columns {
+    double mean[kCount];
+    template <class X>
+    __device__ __forceinline__ T subtract_from(X x, int c) const {
+      return T(to_double(x) - mean[c]);
+    }
+  };
+  template <int kCount>
+  __device__ __forceinline__ Columns<kCount> columns(int side, int first) const {
+    Columns<kCount> taken;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) taken.mean[c] = mean[side][first + c];
+    return taken;
+  }
 };
 
 // The same from float32 to float32, with the mean in two parts: the first difference is exact where digits would be
 // lost, so a mean far from zero costs nothing.
-template <class X>
-struct SplitCentre {
-  float high, low;
-  static __device__ __forceinline__ SplitCentre of(double m) { return {float(m), float(m - double(float(m)))}; }
-  __device__ __forceinline__ float subtract_from(X x) const { return (to_float(x) - high) - low; }
+struct SplitMeans {
+  alignas(16) float high[2][kTile<float>], low[2][kTile<float>];
+
+  __device__ __forceinline__ void set(int side, int column, double m) {
+    high[side][column] = float(m);
+    low[side][column] = float(m - double(float(m)));
+  }
+
+  template <int kCount>
+  struct Columns {
+    float high[kCount], low[kCount];
+    __device__ __forceinline__ float subtract_from(float x, int c) const { return (x - high[c]) - low[c]; }
+  };
+  template <int kCount>
+  __device__ __forceinline__ Columns<kCount> columns(int side, int first) const {
+    Columns<kCount> taken;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) taken.high[c] = high[side][first + c], taken.low[c] = low[side][first + c];
+    return taken;
+  }
 };
 
-template <class X, class T>
-using Centre = std::conditional_t<sizeof(T) == 4 && sizeof(X) <= 4, SplitCentre<X>, RoundedCentre<X, T>>;
+// Where the listed rows of a split lie and the roots of their weights, in shared memory: as many as are about to be
+// fetched, and as many again. Roots of rows past the end are 0, which makes zeros of whatever finite numbers stand for
+// these rows.
+template <class T>
+struct RowList {
+  static constexpr int64_t kLength = kChunkRows > 64 ? kChunkRows : 64;
+  int64_t offset[2 * kLength];
+  T root[2 * kLength];
+
+  static __device__ __forceinline__ int place(int64_t row) { return int(row % (2 * kLength)); }
+
+  // Rows first .. first + kLength - 1 of those that begin at `begin`. A barrier has to follow.
+  __device__ __forceinline__ void load(const CovarianceWork& work, int64_t begin, int64_t end, int64_t first) {
+    for (int64_t row = first + threadIdx.x; row < first + kLength; row += kScatterThreads) {
+      const bool listed = begin + row < end;
+      offset[place(row)] = listed ? work.offset[begin + row] : -1;
+      root[place(row)] = listed ? T(work.root[begin + row]) : T(0);
+    }
+  }
+};
 
 // Rows of one slice on their way from the batch to shared memory, for one of the two sides of a tile.
 template <class X, int kDepth, int kColumns>
 struct SliceInFlight {
   static constexpr int kPack = Pack<X>::kSize, kAcross = kColumns / kPack, kPacks = kDepth * kAcross;
   static constexpr int kEach = (kPacks + kScatterThreads - 1) / kScatterThreads;  // packs of a thread
+  static_assert(kScatterThreads % kAcross == 0, "a thread's packs lie one under the other");
   Pack<X> pack[kEach];
 
   static __device__ __forceinline__ bool exists(int e) {
@@ -191,49 +274,31 @@ struct SliceInFlight {
   static __device__ __forceinline__ int row(int e) { return (e * kScatterThreads + int(threadIdx.x)) / kAcross; }
   static __device__ __forceinline__ int column() { return int(threadIdx.x) % kAcross * kPack; }
 
-  // `offset`: of the rows, one for each pack; negative for a row past the list's end, which is left as it is.
-  __device__ __forceinline__ void load(const CovarianceBatch& batch, const int64_t (&offset)[kEach],
-                                       int64_t first_column) {
+  // `offset`: of the slice's rows; negative past the list's end, where the pack is left as it is.
+  __device__ __forceinline__ void load(const CovarianceBatch& batch, const int64_t* offset, int64_t first_column) {
 #pragma unroll
     for (int e = 0; e < kEach; ++e)
-      if (offset[e] >= 0)
-        pack[e] = load_pack(static_cast<const X*>(batch.data) + offset[e], first_column + column(), batch.dim,
+      if (exists(e) && offset[row(e)] >= 0)
+        pack[e] = load_pack(static_cast<const X*>(batch.data) + offset[row(e)], first_column + column(), batch.dim,
                             batch.allows_packs);
   }
 };
 
-// Where the rows of a slice lie, and the roots of their weights. Roots of rows past the end are 0, which makes zeros of
-// whatever finite numbers stand for these rows.
-template <int kEach, class T>
-struct SliceRows {
-  int64_t offset[kEach];
-  T root[kEach];
-
-  template <class Slice>
-  __device__ __forceinline__ void load(const CovarianceWork& work, int64_t first, int64_t end) {
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      const int64_t k = first + Slice::row(e);
-      const bool listed = Slice::exists(e) && k < end;
-      offset[e] = listed ? work.offset[k] : -1;
-      root[e] = listed ? T(work.root[k]) : T(0);
-    }
-  }
-};
-
-// kDepth rows of the two sides of a tile, centred; and the means.
+// kDepth rows of the two sides of a tile, centred; and what centres them.
 template <class X, class T>
 struct ScatterShared {
   static constexpr int kDepth = 8;
   alignas(16) T side[2][2][kDepth][kTile<T>];  // by turns, of rows and of columns of the tile
-  Centre<X, T> centre[2][kTile<T>];
+  std::conditional_t<std::is_same_v<X, float> && std::is_same_v<T, float>, SplitMeans, WholeMeans<T>> means;
+  RowList<T> list;
   ScatterBlock<T> block;
 };
 
 // Grid (tiles, splits). A thread sums 8 x 8 entries (4 x 4 in float64): two times two squares of a pack each, so that
 // what a warp reads of shared memory is few and neighbouring.
 template <class X, class T>
-__global__ void __launch_bounds__(kScatterThreads, 2) covariance_scatter_kernel(const CovarianceScatter<T> args) {
+__global__ void __launch_bounds__(kScatterThreads, sizeof(X) > sizeof(T) ? 1 : 2)
+    covariance_scatter_kernel(const CovarianceScatter<T> args) {
   using Shared = ScatterShared<X, T>;
   constexpr int kDepth = Shared::kDepth, kPack = Pack<T>::kSize, kSums = 2 * kPack;
   using Slice = SliceInFlight<X, kDepth, kTile<T>>;
@@ -242,46 +307,59 @@ __global__ void __launch_bounds__(kScatterThreads, 2) covariance_scatter_kernel(
   if (threadIdx.x == 0) shared.block.find(args, plan);
   __syncthreads();
   const ScatterBlock<T>& block = shared.block;
-  const int64_t begin = block.begin, end = block.end;
-  if (begin >= end) return;
+  const int64_t count = block.end - block.begin;
+  if (count <= 0) return;
   block.start(args, plan);
-
+  shared.list.load(args.work, block.begin, block.end, 0);
   for (int i = threadIdx.x; i < 2 * kTile<T>; i += kScatterThreads) {
     const int64_t j = (i < kTile<T> ? block.first_row : block.first_column) + i % kTile<T>;
-    shared.centre[i / kTile<T>][i % kTile<T>] = Centre<X, T>::of(j < args.batch.dim ? args.work.mean[j] : 0);
+    shared.means.set(i / kTile<T>, i % kTile<T>, j < args.batch.dim ? args.work.mean[j] : 0);
   }
+
   Slice slice[2] = {};
-  SliceRows<Slice::kEach, T> rows;
   const auto fetch = [&](int64_t first) {
-    rows.template load<Slice>(args.work, first, end);
-    slice[0].load(args.batch, rows.offset, block.first_row);
-    slice[1].load(args.batch, rows.offset, block.first_column);
+    const int64_t* const offset = shared.list.offset + shared.list.place(first);
+    slice[0].load(args.batch, offset, block.first_row);
+    slice[1].load(args.batch, offset, block.first_column);
   };
-  const auto store = [&](int turn) {
+  const auto store = [&](int64_t first, int turn) {
+    const T* const root = shared.list.root + shared.list.place(first);
 #pragma unroll
-    for (int side = 0; side < 2; ++side)
+    for (int side = 0; side < 2; ++side) {
+      const auto means = shared.means.template columns<Slice::kPack>(side, Slice::column());
 #pragma unroll
       for (int e = 0; e < Slice::kEach; ++e) {
         if (!Slice::exists(e)) continue;
-        T* const to = &shared.side[turn][side][Slice::row(e)][Slice::column()];
+        constexpr int kNeighbours = Slice::kPack < kPack ? Slice::kPack : kPack;
+        using Neighbours = typename ScatterBlock<T>::template Neighbours<kNeighbours>;
+        const T scale = root[Slice::row(e)];
 #pragma unroll
-        for (int c = 0; c < Slice::kPack; ++c)
-          to[c] = shared.centre[side][Slice::column() + c].subtract_from(slice[side].pack[e].value[c]) * rows.root[e];
+        for (int c = 0; c < Slice::kPack; c += kNeighbours) {
+          Neighbours centred;
+#pragma unroll
+          for (int i = 0; i < kNeighbours; ++i)
+            centred.value[i] = means.subtract_from(slice[side].pack[e].value[c + i], c + i) * scale;
+          *reinterpret_cast<Neighbours*>(&shared.side[turn][side][Slice::row(e)][Slice::column() + c]) = centred;
+        }
       }
+    }
   };
 
-  // A group of 32 threads has 4 x 8 of them, the block 4 x 2 groups.
+  // A group of 32 threads has 4 x 8 of them, the block 4 x 2 groups. Threads 2 i and 2 i + 1 read the same columns, i
+  // and i + 2 the same rows: of two halves of such a group shared memory serves each at once.
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
-  const int my_row = (group % 4 * 8 + lane / 8) * kPack, my_column = (group / 4 * 16 + lane % 8) * kPack;
+  const int my_row = (group % 4 * 8 + lane / 16 * 2 + lane % 2) * kPack,
+            my_column = (group / 4 * 16 + lane / 2 % 8) * kPack;
   T sum[kSums][kSums] = {};
-  fetch(begin);
-  __syncthreads();  // the centres are there, and what the sums begin with
-  store(0);
+  __syncthreads();  // the list and the means are there, and what the sums begin with
+  fetch(0);
+  store(0, 0);
   __syncthreads();
   int turn = 0;
-  for (int64_t first = begin; first < end; first += kDepth, turn ^= 1) {
-    const bool more = first + kDepth < end;
-    if (more) fetch(first + kDepth);
+  for (int64_t done = 0; done < count; turn ^= 1) {
+    if (done % RowList<T>::kLength == 0)
+      shared.list.load(args.work, block.begin, block.end, done + RowList<T>::kLength);
+    if (done + kDepth < count) fetch(done + kDepth);
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
       Pack<T> a[2], b[2];
@@ -296,17 +374,25 @@ __global__ void __launch_bounds__(kScatterThreads, 2) covariance_scatter_kernel(
         for (int c = 0; c < kSums; ++c)
           sum[r][c] = multiply_add(a[r / kPack].value[r % kPack], b[c / kPack].value[c % kPack], sum[r][c]);
     }
-    if (more) store(turn ^ 1);
-    if (!more || (first + kDepth - begin) % kChunkRows == 0) {
+    done += kDepth;
+    if (done < count) store(done, turn ^ 1);
+    if (done >= count || done % kChunkRows == 0) {
 #pragma unroll
-      for (int r = 0; r < kSums; ++r)
+      for (int r = 0; r < kSums; ++r) {
+        const int row = my_row + r / kPack * 4 * kPack + r % kPack;
+        typename ScatterBlock<T>::template Neighbours<kPack> all[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) all[half] = block.template read<kPack>(row, my_column + half * 8 * kPack);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          T sums[kPack];
 #pragma unroll
-          for (int c = 0; c < kPack; ++c) sums[c] = sum[r][half * kPack + c], sum[r][half * kPack + c] = 0;
-          block.add(my_row + r / kPack * 4 * kPack + r % kPack, my_column + half * 8 * kPack, sums);
+          for (int c = 0; c < kPack; ++c) {
+            all[half].value[c] += sum[r][half * kPack + c];
+            sum[r][half * kPack + c] = 0;
+          }
+          block.write(row, my_column + half * 8 * kPack, all[half]);
         }
+      }
     }
     __syncthreads();
   }
