@@ -13,7 +13,8 @@ COMMON = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "
 COMMON += ["-DEMU_SHARED_MAX=101376"]  # 99 KB: the least that a shipped architecture gives a block
 INCLUDES = ["-Itests/emulate", "-Icsrc/include", "-Icsrc"]
 # Two layers or problems in a launch: three then show what happens between launches.
-SMALL_LAUNCHES = ["-DRMT_LAYERS_PER_LAUNCH=2", "-DRMT_PROBLEMS_PER_LAUNCH=2", "-DRMT_COVARIANCE_CHUNK_ROWS=32"]
+SMALL_LAUNCHES = ["-DRMT_LAYERS_PER_LAUNCH=2", "-DRMT_PROBLEMS_PER_LAUNCH=2", "-DRMT_COVARIANCE_CHUNK_ROWS=64"]
+SMALL_LAUNCHES += ["-DRMT_COVARIANCE_TENSOR_CHUNK_ROWS=64"]
 BUILDS = {
     "plain": ["-O0", *SMALL_LAUNCHES],
     "wavefronts of 64": ["-O0", *SMALL_LAUNCHES, "-DEMU_WARP=64"],

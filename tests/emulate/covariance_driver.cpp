@@ -162,7 +162,7 @@ class Case {
 }  // namespace
 
 int main() {
-  // name, rows, dim, offset, aligned, weighted, poison. A split has 64 rows at least in these builds.
+  // name, rows, dim, offset, aligned, weighted, poison. A split has 96 rows at most in these builds, a chunk 64.
   const Scenario few[] = {{"two tiles", 37, 133, 100, false, true, 3}, {"packs", 70, 16, 3, true, false, -1}};
   const Scenario many[] = {{"one column", 3, 1, 0, false, false, 0},
                            {"splits", 200, 24, 1e6, true, true, 199},

@@ -87,6 +87,8 @@ MUTANTS = {
         (SCATTER, "__syncthreads();  // the list and", "// the list and", "thread", "data race"),
     "low times high is left out":
         (TENSOR, "multiply(slice, a_[step], b, 1, 0);", "", "plain", "wrong result"),
+    "sums do not begin anew after a chunk":
+        (TENSOR, "own = 0;", "own *= 1;", "plain", "wrong result"),
     "the scale is not undone":
         (TENSOR, "1 / power;", "2 / power;", "plain", "wrong result"),
     "halves are multiplied while they are overwritten":

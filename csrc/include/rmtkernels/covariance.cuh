@@ -1,5 +1,6 @@
 // covariance, device code, first half: which rows of a batch count, their mean, and what becomes of the state. The
-// second half, covariance_scatter.cuh, adds their products.
+// second half, covariance_scatter.cuh, adds their products. Status: compiled and emulated; an earlier form passed its
+// tests on an H100, this one has not run on a GPU.
 //
 // Five kernels on one stream: norms (a warp per row), select (one block: a list of the rows that count), sums (float64
 // column sums over parts of the list), columns (mean, gap to the old mean), commit (one block: totals, mean, and the

@@ -15,7 +15,7 @@
 #include "rmtkernels/covariance.cuh"
 
 #ifndef RMT_COVARIANCE_CHUNK_ROWS
-#define RMT_COVARIANCE_CHUNK_ROWS 256  // tests set it to 32, to see what happens between chunks and splits
+#define RMT_COVARIANCE_CHUNK_ROWS 256  // tests set it to 64, to see what happens between chunks and splits
 #endif
 
 namespace rmtkernels {
@@ -244,7 +244,7 @@ struct SplitMeans {
 // these rows.
 template <class T>
 struct RowList {
-  static constexpr int64_t kLength = kChunkRows > 64 ? kChunkRows : 64;
+  static constexpr int64_t kLength = kChunkRows;
   int64_t offset[2 * kLength];
   T root[2 * kLength];
 

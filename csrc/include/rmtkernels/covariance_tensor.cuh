@@ -12,13 +12,18 @@
 #include "rmtkernels/covariance_scatter.cuh"
 #include "rmtkernels/tensor_core.cuh"
 
+#ifndef RMT_COVARIANCE_TENSOR_CHUNK_ROWS
+#define RMT_COVARIANCE_TENSOR_CHUNK_ROWS 4096  // tests set it to 64
+#endif
+
 namespace rmtkernels {
 
 constexpr int kTensorTile = kTile<float>;
 constexpr int kTensorDepth = 32;             // rows in shared memory, and in one sum of the tensor cores
 constexpr int kTensorRow = kTensorTile + 8;  // float16 numbers from one row to the next: eight rows, all banks
-constexpr int64_t kTensorChunkRows = 16 * kChunkRows;  // added in registers
-constexpr int kHalves = 2;                             // high, low
+constexpr int64_t kTensorChunkRows = RMT_COVARIANCE_TENSOR_CHUNK_ROWS;  // added in registers
+static_assert(RowList<float>::kLength >= 2 * kTensorDepth, "rows are listed before they are fetched");
+constexpr int kHalves = 2;  // high, low
 
 // Of a column: x less its mean, times the scale, is fma(x, scale, high) + low, where the first sum is exact wherever
 // digits would be lost.
