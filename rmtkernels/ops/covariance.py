@@ -51,6 +51,11 @@ def covariance_update_(
     squared norm does not fit the scatter matrix' dtype, is skipped and counted. An update whose rows are all skipped
     changes that count and nothing else; it does not decay either.
 
+    On CUDA nothing waits for the device, and the call can be captured in a CUDA graph. So what depends on the data does
+    not raise there: where a weight is out of range, or the sums would overflow, every row offered is counted as
+    rejected, and nothing else changes. 16-bit rows of a float32 state are multiplied on tensor cores, in two parts each
+    that keep 22 binary digits of what is left when the mean is subtracted; no product is rounded to TF32.
+
     Args:
         mean: (D,) float64.
         scatter: (D, D) float32 or float64, contiguous. The strict upper triangle is neither read nor written. All
@@ -62,14 +67,16 @@ def covariance_update_(
         weights: (n,) float32 or float64, finite and not negative: a row of weight 2 counts as two rows. 0 skips a row.
         mask: (n,) bool; rows where it is False are skipped, and neither they nor their weights are read.
         decay: in (0, 1]: what came before counts this much less from now on, once per update.
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments, before anything is written.
-        RangeError: if decay or a weight is out of range, or the sums would overflow; nothing is written either.
+        RangeError: if decay is out of range and, but on CUDA, if a weight is or the sums would overflow; nothing is
+            written either.
         BackendError: if `backend` is missing.
 
-    Source: Chan, Golub, LeVeque (1979) for the combination; RMT-KD (arXiv 2509.15724) for its use.
+    Source: Chan, Golub, LeVeque (1979) for the combination; RMT-KD (arXiv 2509.15724) for its use; Ootomo, Yokota
+    (arXiv 2203.03341) for products of two parts on tensor cores.
     """
     if torch.is_grad_enabled():
         batch = batch.detach() if batch.requires_grad else batch

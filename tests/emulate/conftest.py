@@ -14,6 +14,7 @@ COMMON += ["-DEMU_SHARED_MAX=101376"]  # 99 KB: the least that a shipped archite
 INCLUDES = ["-Itests/emulate", "-Icsrc/include", "-Icsrc"]
 # Two layers, problems or parts in a launch: three then show what happens between launches.
 SMALL_LAUNCHES = ["-DRMT_LAYERS_PER_LAUNCH=2", "-DRMT_PROBLEMS_PER_LAUNCH=2", "-DRMT_LANCZOS_PARTS=2"]
+SMALL_LAUNCHES += ["-DRMT_COVARIANCE_CHUNK_ROWS=64", "-DRMT_COVARIANCE_TENSOR_CHUNK_ROWS=64"]
 BUILDS = {
     "plain": ["-O0", *SMALL_LAUNCHES],
     "wavefronts of 64": ["-O0", *SMALL_LAUNCHES, "-DEMU_WARP=64"],

@@ -108,6 +108,7 @@ def test_each_figure_has_its_limit(key: str, worse: int) -> None:
 
 # One kernel launch of a slice, with pointers that lead nowhere. spectrum asks the runtime for shared memory first.
 LAUNCHES = {
+    "covariance": lambda library: library.rmtkernels_cuda_covariance_update((ctypes.c_int64 * 16)(*[0] * 7, 1), None),
     "lanczos": lambda library: library.rmtkernels_cuda_lanczos_orthonormalize(ctypes.byref(Rows(count=1, dim=1)), None),
     "lowrank_linear": lambda library: library.rmtkernels_cuda_lowrank_linear(
         ctypes.byref((ctypes.c_int64 * 11)(*[0] * 6, *[1] * 4, 0)), None
