@@ -14,6 +14,7 @@ FORMS = {
     "lowrank_linear": "lowrank_linear_triton",
     "spectrum_eigvalsh": "spectrum_eigvalsh_triton",
     "window_push_": "window_push_triton_",
+    "covariance_update_": "covariance_update_triton_",
 }
 MAX_MATRIX = 64  # of spectrum_eigvalsh: a larger one does not fit the registers
 # Triton's own variable. With it the kernels run on tensors of the CPU, a NumPy call for each operation: for tests.

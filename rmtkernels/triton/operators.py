@@ -132,3 +132,23 @@ window_push_ = _implement("window_push_triton_", "sliding_window", "window_push_
 @torch.library.register_fake("rmtkernels::window_push_triton_")
 def _window_push_fake(ring: Tensor, gram: Tensor, seen: Tensor, rows: list[Tensor], mask: Tensor | None) -> None:
     _same_device(ring, gram, seen, *rows, mask)
+
+
+define(
+    "covariance_update_triton_(Tensor(a!) mean, Tensor(b!) scatter, Tensor(c!) totals, Tensor batch, Tensor? weights, "
+    "Tensor? mask, float decay) -> ()"
+)
+covariance_update_ = _implement("covariance_update_triton_", "covariance", "covariance_update_")
+
+
+@torch.library.register_fake("rmtkernels::covariance_update_triton_")
+def _covariance_update_fake(
+    mean: Tensor,
+    scatter: Tensor,
+    totals: Tensor,
+    batch: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    decay: float,
+) -> None:
+    _same_device(mean, scatter, totals, batch, weights, mask)

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import rmtkernels
-from rmtkernels import dispatch, lowrank_linear, spectrum_eigvalsh, window_push_
+from rmtkernels import covariance_update_, dispatch, lowrank_linear, spectrum_eigvalsh, window_push_
 from rmtkernels.reference import lowrank_linear_ref
+from rmtkernels.reference.covariance import covariance_update_ref_
 from rmtkernels.reference.sliding_window import window_push_ref_
 from rmtkernels.triton import INTERPRETED
-from tests.helpers import State, empty_state, normal, same_bits, same_state
+from tests.helpers import State, empty_covariance, empty_state, normal, same_bits, same_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -200,6 +201,35 @@ def test_window_push_neither_waits_nor_allocates_and_can_be_captured() -> None:
         graph.replay()
     torch.cuda.synchronize()
     assert same_state(state, want)
+
+
+@pytest.mark.parametrize(("state", "dtype"), [(FLOAT, FLOAT), (FLOAT, BFLOAT), (DOUBLE, DOUBLE)])
+def test_covariance_update_agrees_with_the_oracle(state: torch.dtype, dtype: torch.dtype) -> None:
+    empty = empty_covariance(200, state)
+    got, want = [t.cuda() for t in empty], [empty.mean.clone(), empty.scatter.double(), empty.totals.clone()]
+    for step, rows in enumerate((5, 1000, 3)):
+        batch = (normal(rows, 200, seed=step, dtype=DOUBLE) + 3).to(dtype)
+        batch[0, 7] = torch.nan
+        weights = normal(rows, seed=9 + step).abs()
+        covariance_update_(*got, batch.cuda(), weights.cuda(), decay=0.9, backend="triton")
+        covariance_update_ref_(*want, batch, weights, decay=0.9)
+    size = want[1].diagonal().sqrt()
+    error = ((got[1].cpu().double() - want[1]).abs() / (size[:, None] * size)).tril()
+    assert error.max() <= (1e-6 if state == FLOAT else 1e-13)
+    assert (got[1].cpu().triu(1) == empty.scatter.triu(1)).all()
+    torch.testing.assert_close(got[0].cpu(), want[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got[2].cpu(), want[2], rtol=1e-12, atol=0)
+
+
+def test_covariance_update_does_not_wait() -> None:
+    state, batch = [t.cuda() for t in empty_covariance(64)], normal(300, 64).cuda()
+    covariance_update_(*state, batch, backend="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        covariance_update_(*state, batch, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_runs_on_the_current_stream() -> None:

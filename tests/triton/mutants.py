@@ -1,9 +1,11 @@
 """The kernels of a slice with one place broken, which the checks must find."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
+PROVE = os.environ.get("RMTKERNELS_PROVE") == "1"
 KERNELS = Path(__file__).resolve().parents[2] / "rmtkernels" / "triton"
 
 
@@ -20,3 +22,9 @@ def mutant(folder: Path, slice_name: str, shipped: str, broken: str) -> ModuleTy
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def chosen(mutants: dict[str, tuple[str, str, str]]) -> list[str]:
+    """Names of (text as shipped, text broken, what finds it): one for each finding, all with RMTKERNELS_PROVE=1."""
+    first = {finding: name for name, (_, _, finding) in reversed(mutants.items())}
+    return list(mutants if PROVE else first.values())

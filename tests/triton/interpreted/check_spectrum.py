@@ -12,7 +12,7 @@ from triton.runtime.errors import InterpreterError
 from rmtkernels import BackendError, spectrum_eigvalsh
 from tests.helpers import normal, same_bits
 from tests.triton.checked import Counts
-from tests.triton.mutants import mutant
+from tests.triton.mutants import chosen, mutant
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -98,7 +98,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", chosen(MUTANTS))
 def test_a_broken_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     shipped, broken, finding = MUTANTS[name]
     module = mutant(tmp_path, "spectrum", shipped, broken)
