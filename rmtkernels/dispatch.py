@@ -104,7 +104,7 @@ def select(operator: str, device: torch.device, backend: str | None = None) -> s
         return _automatic(operator, device.type)
     if _checked(chosen) == "reference":
         return chosen
-    if device.type != (triton.device_type() if chosen == "triton" else chosen):
+    if device.type not in (triton.DEVICE_TYPES if chosen == "triton" else (chosen,)):
         raise BackendError(f"{operator}: backend {chosen!r} was asked for, but the tensors are on {device.type!r}")
     if _status(operator, chosen) != "available":
         raise BackendError(f"{operator}: backend {chosen!r} was asked for: {_status(operator, chosen)}")

@@ -17,13 +17,9 @@ FORMS = {
     "covariance_update_": "covariance_update_triton_",
 }
 MAX_MATRIX = 64  # of spectrum_eigvalsh: a larger one does not fit the registers
-# Triton's own variable. With it the kernels run on tensors of the CPU, a NumPy call for each operation: for tests.
+# Triton's own variable. With it the kernels take tensors of the CPU too, a NumPy call for each operation: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def device_type() -> str:
-    """Where the tensors must be."""
-    return "cpu" if INTERPRETED else "cuda"
+DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def status(operator: str) -> str:

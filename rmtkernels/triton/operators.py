@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rmtkernels._library import LIBRARY, define
 from rmtkernels.errors import DeviceError
-from rmtkernels.triton import INTERPRETED
+from rmtkernels.triton import DEVICE_TYPES
 
 
 def _implement(form: str, slice_name: str, launcher: str) -> Callable[..., Any]:
@@ -21,7 +21,8 @@ def _implement(form: str, slice_name: str, launcher: str) -> Callable[..., Any]:
         with torch.cuda.device_of(arguments[0]):
             return getattr(module, launcher)(*arguments)
 
-    LIBRARY.impl(form, launch, "CPU" if INTERPRETED else "CUDA")
+    for device_type in DEVICE_TYPES:
+        LIBRARY.impl(form, launch, device_type.upper())
     operator: Callable[..., Any] = getattr(torch.ops.rmtkernels, form).default
     return operator
 
@@ -99,7 +100,8 @@ def _lowrank_linear_autocast(
     return result
 
 
-LIBRARY.impl("lowrank_linear_triton", _lowrank_linear_autocast, "AutocastCPU" if INTERPRETED else "AutocastCUDA")
+for device_type in DEVICE_TYPES:
+    LIBRARY.impl("lowrank_linear_triton", _lowrank_linear_autocast, f"Autocast{device_type.upper()}")
 
 
 @torch.library.register_vmap("rmtkernels::lowrank_linear_triton")
