@@ -1,8 +1,9 @@
 """Which backend runs, and why.
 
-The order for a tensor is its device's compiled kernel, then the float64 reference. A choice made by hand never falls
-back: `backend=` of a call beats `use_backend`, which beats the variable RMTKERNELS_BACKEND. If the compiled kernel is
-missing and nothing was chosen, the reference runs and says so once. torch.compile makes the choice while tracing.
+The order for a tensor is its device's compiled kernel, on a GPU then the Triton kernel, then the float64 reference. A
+choice made by hand never falls back: `backend=` of a call beats `use_backend`, which beats the variable
+RMTKERNELS_BACKEND. If there is no kernel and nothing was chosen, the reference runs and says so once. torch.compile
+makes the choice while tracing.
 """
 
 import os
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from rmtkernels import _native
+from rmtkernels import _native, triton
 from rmtkernels.errors import BackendError
 
 OPERATORS = (
@@ -25,7 +26,7 @@ OPERATORS = (
     "lanczos_multiply",
     "lanczos_multiply_gram",
 )
-BACKENDS = ("cpu", "cuda", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 _LIBRARY_OF = {"cpu": "_C", "cuda": "_C_cuda"}
 # One-element lists, the newest choice last; the first is the environment's.
@@ -64,7 +65,7 @@ def backends(operator: str) -> dict[str, str]:
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the block every operator uses `backend` ("cpu", "cuda" or "reference"), in every thread.
+    """Within the block every operator uses `backend` ("cpu", "cuda", "triton" or "reference"), in every thread.
 
     Raises:
         BackendError: if there is no such backend.
@@ -87,9 +88,9 @@ def cpu_is_automatic(operator: str) -> bool:
     return _forced[-1][0] is None and _status(operator, "cpu") == "available"
 
 
-def has_kernel(operator: str, device_type: str) -> bool:
-    """Whether there is a compiled kernel for tensors on such a device, and it can run here."""
-    return _status(operator, device_type) == "available"
+def has_kernel(operator: str, backend: str) -> bool:
+    """Whether the backend has a kernel, and it can run here."""
+    return _status(operator, backend) == "available"
 
 
 def select(operator: str, device: torch.device, backend: str | None = None) -> str:
@@ -103,7 +104,7 @@ def select(operator: str, device: torch.device, backend: str | None = None) -> s
         return _automatic(operator, device.type)
     if _checked(chosen) == "reference":
         return chosen
-    if chosen != device.type:
+    if device.type not in (triton.DEVICE_TYPES if chosen == "triton" else (chosen,)):
         raise BackendError(f"{operator}: backend {chosen!r} was asked for, but the tensors are on {device.type!r}")
     if _status(operator, chosen) != "available":
         raise BackendError(f"{operator}: backend {chosen!r} was asked for: {_status(operator, chosen)}")
@@ -113,15 +114,19 @@ def select(operator: str, device: torch.device, backend: str | None = None) -> s
 def _automatic(operator: str, device_type: str) -> str:
     if device_type == "meta" or _status(operator, device_type) == "available":
         return device_type
+    if device_type == "cuda" and _status(operator, "triton") == "available":
+        return "triton"
     if device_type == "cpu" and _native.isa_error:
         raise BackendError(_native.isa_error)
+    return fall_back(operator, f"{device_type}: {_status(operator, device_type)} (`python -m rmtkernels` says more)", 5)
+
+
+def fall_back(operator: str, why: str, stacklevel: int = 3) -> str:
+    """Says once that the reference runs though nobody chose it; `stacklevel` frames up is the user's call."""
     if operator not in _warned:
         _warned.add(operator)
         warnings.warn(
-            f"rmtkernels: {operator} runs on its slow float64 reference: {device_type}: "
-            f"{_status(operator, device_type)} (`python -m rmtkernels` says more)",
-            RuntimeWarning,
-            stacklevel=4,
+            f"rmtkernels: {operator} runs on its slow float64 reference: {why}", RuntimeWarning, stacklevel=stacklevel
         )
     return "reference"
 
@@ -148,6 +153,8 @@ _status._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _find_status(operator: str, backend: str) -> str:
     if backend == "reference":
         return "available"
+    if backend == "triton":
+        return triton.status(operator)
     library = _LIBRARY_OF.get(backend)
     if library is None:
         return f"rmtkernels has no kernels for {backend!r}"

@@ -7,6 +7,7 @@ from rmtkernels._library import define
 from rmtkernels.dispatch import select
 from rmtkernels.errors import DeviceError, DtypeError, RangeError, ShapeError
 from rmtkernels.reference import covariance as reference
+from rmtkernels.triton import operators as triton
 
 ROW_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SCATTER_DTYPES = (torch.float32, torch.float64)
@@ -67,7 +68,9 @@ def covariance_update_(
         weights: (n,) float32 or float64, finite and not negative: a row of weight 2 counts as two rows. 0 skips a row.
         mask: (n,) bool; rows where it is False are skipped, and neither they nor their weights are read.
         decay: in (0, 1]: what came before counts this much less from now on, once per update.
-        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" or "reference" instead of the automatic choice. On a GPU nothing waits: where a
+            weight is out of range or the sums would overflow, every row offered counts as rejected and nothing is
+            raised.
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments, before anything is written.
@@ -81,9 +84,13 @@ def covariance_update_(
     if torch.is_grad_enabled():
         batch = batch.detach() if batch.requires_grad else batch
         weights = weights.detach() if weights is not None and weights.requires_grad else weights
-    if select("covariance_update_", mean.device, backend) == "reference":
+    selected = select("covariance_update_", mean.device, backend)
+    if selected == "reference":
         _check_update(mean, scatter, totals, batch, weights, mask, decay)
         reference.covariance_update_ref_(mean, scatter, totals, batch, weights, mask, decay)
+        return
+    if selected == "triton":
+        triton.covariance_update_(mean, scatter, totals, batch, weights, mask, decay)
         return
     try:
         torch.ops.rmtkernels.covariance_update_(mean, scatter, totals, batch, weights, mask, decay)
@@ -139,3 +146,18 @@ def _check(
         raise DtypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.device != device:
         raise DeviceError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def check_layout(
+    mean: Tensor,
+    scatter: Tensor,
+    totals: Tensor,
+    batch: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    decay: float,
+) -> None:
+    """Raises what `covariance_update_` raises of arguments whose data are not looked at."""
+    _check_update(mean, scatter, totals, batch, None, mask, decay)
+    if weights is not None:
+        _check("weights", weights, (len(batch),), SCATTER_DTYPES, mean.device)

@@ -9,6 +9,7 @@ from rmtkernels._library import define
 from rmtkernels.dispatch import select
 from rmtkernels.errors import DeviceError, DtypeError, ShapeError
 from rmtkernels.reference import sliding_window as reference
+from rmtkernels.triton import operators as triton
 
 MAX_WINDOW = 128
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +58,7 @@ def window_push_(
             row offered last (-1 if it was skipped).
         rows: one tensor per layer, (B, D) or (B, T, D), the ring's dtype and device, any strides.
         mask: (B,) or (B, T) bool; rows where it is False are skipped.
-        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" or "reference" instead of the automatic choice.
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments, before anything is written.
@@ -67,14 +68,15 @@ def window_push_(
     """
     if torch.is_grad_enabled() and any(row.requires_grad for row in rows):
         rows = [row.detach() for row in rows]
-    if select("window_push_", ring.device, backend) == "reference":
-        _check_push(ring, gram, seen, rows, mask)
+    selected = select("window_push_", ring.device, backend)
+    if selected == "reference":
+        check_push(ring, gram, seen, rows, mask)
         reference.window_push_ref_(ring, gram, seen, list(rows), mask)
         return
     try:
-        _PUSH_OP(ring, gram, seen, rows, mask)
+        (triton.window_push_ if selected == "triton" else _PUSH_OP)(ring, gram, seen, rows, mask)
     except RuntimeError:  # the kernel checks all of it before it writes; here its refusal gets its type
-        _check_push(ring, gram, seen, rows, mask)
+        check_push(ring, gram, seen, rows, mask)
         raise
 
 
@@ -112,7 +114,8 @@ def window_gram(
     return torch.ops.rmtkernels.window_gram(hidden.detach(), window, stride, mask)  # type: ignore[no-any-return]
 
 
-def _check_push(ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor], mask: Tensor | None) -> None:
+def check_push(ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor], mask: Tensor | None) -> None:
+    """Raises ShapeError, DtypeError or DeviceError unless `window_push_` takes these."""
     if ring.dim() != 4 or not ring.is_contiguous():
         raise ShapeError(f"ring must be contiguous (L, B, N, D), got {tuple(ring.shape)}, strides {ring.stride()}")
     layers, batch, window, dim = ring.shape

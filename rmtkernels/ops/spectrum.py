@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from rmtkernels._library import define
-from rmtkernels.dispatch import select
+from rmtkernels.dispatch import choice, fall_back, select
 from rmtkernels.errors import DeviceError, DtypeError, ShapeError
 from rmtkernels.ops.law_table import law_table, law_table_size
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 from rmtkernels.reference import spectrum as reference
+from rmtkernels.triton import MAX_MATRIX
+from rmtkernels.triton import operators as triton
 
 # The order of csrc/include/rmtkernels/spectrum.h; formulas in docs/conventions.md.
 DESCRIPTORS = (
@@ -80,14 +82,14 @@ def spectrum_eigvalsh(matrices: Tensor, *, backend: str | None = None) -> Tensor
 
     Args:
         matrices: (..., N, N) float32 or float64, N <= 128. Only the lower triangle is read.
-        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" or "reference" instead of the automatic choice.
 
     Returns:
         (..., N) of the input's dtype, ascending. NaN for a matrix with an entry that is not finite. No gradient.
 
     Raises:
         ShapeError, DtypeError: on bad arguments.
-        BackendError: if `backend` is missing.
+        BackendError: if `backend` is missing, or is "triton" and N > 64.
     """
     if matrices.dim() < 2 or matrices.shape[-1] != matrices.shape[-2]:
         raise ShapeError(f"matrices must be (..., N, N), got {tuple(matrices.shape)}")
@@ -95,7 +97,12 @@ def spectrum_eigvalsh(matrices: Tensor, *, backend: str | None = None) -> Tensor
         raise ShapeError(f"N must be 1 to {MAX_WINDOW}, got {matrices.shape[-1]}; use torch.linalg.eigvalsh beyond")
     if matrices.dtype not in (torch.float32, torch.float64):
         raise DtypeError(f"matrices must be float32 or float64, got {matrices.dtype}")
-    if select("spectrum_eigvalsh", matrices.device, backend) == "reference":
+    selected = select("spectrum_eigvalsh", matrices.device, backend)
+    if selected == "triton" and matrices.shape[-1] > MAX_MATRIX and choice(backend) is None:
+        selected = fall_back("spectrum_eigvalsh", f"the triton kernel takes N up to {MAX_MATRIX}")
+    if selected == "triton":
+        return triton.spectrum_eigvalsh(matrices.detach())  # type: ignore[no-any-return]
+    if selected == "reference":
         return reference.spectrum_eigvalsh_ref(matrices.detach()).to(matrices.dtype)
     return torch.ops.rmtkernels.spectrum_eigvalsh(matrices.detach())  # type: ignore[no-any-return]
 
