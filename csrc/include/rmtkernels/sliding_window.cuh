@@ -1,4 +1,4 @@
-// sliding_window, device code. Status: compiled and emulated, never run on a GPU.
+// sliding_window, device code.
 //
 // A time step takes two kernels on one stream. The first decides for every sequence whether its new row is taken and
 // says so in `seen`; the second acts on it. The kernel boundary is the only synchronisation between blocks: there is no
