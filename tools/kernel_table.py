@@ -65,7 +65,7 @@ def cell(name: str, operator: str, backend: str, root: Path = ROOT) -> str:
     if backend == "cpu":
         return text
     ran = [words for result in gpu_results(root) if (words := on_gpu(name, operator, backend, result, root))]
-    return "; ".join([text, *(ran or ["**never run on a GPU**"])])
+    return "; ".join([text, *(ran or ["no `make gpu-check` yet"])])
 
 
 def table(root: Path = ROOT) -> str:

@@ -11,14 +11,14 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKS = sorted((ROOT / "tests" / "triton" / "interpreted").glob("check_*.py"))
 
 
-def test_interpreted_kernels() -> None:
-    files = sorted(str(file) for file in (ROOT / "tests" / "triton" / "interpreted").glob("check_*.py"))
-    assert len(files) == 4
+@pytest.mark.parametrize("checks", CHECKS, ids=lambda file: file.stem)
+def test_interpreted_kernels(checks: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RMTKERNELS_BACKEND"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *files],
+        [sys.executable, "-m", "pytest", "-q", str(checks)],
         cwd=ROOT,
         env=environment | {"TRITON_INTERPRET": "1"},
         capture_output=True,
