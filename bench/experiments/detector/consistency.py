@@ -33,14 +33,14 @@ ALPHA = 1e-3  # of EigenScore
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="*", default=list(WANTED), choices=list(WANTED))
+    parser.add_argument("sets", nargs="*", default="all", choices=[*WANTED, "all"])
     parser.add_argument("--cache", type=Path, default=default_cache())
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = result_path("sampling")
     result: dict[str, Any] = json.loads(path.read_text())["sets"] if path.exists() else {}
     embed = sentence_encoder()
-    for name in arguments.sets:
+    for name in WANTED if "all" in arguments.sets else arguments.sets:
         samples = read_samples(arguments.cache / name)
         answers = [one for one in read_answers(arguments.cache / name) if one.item.key in samples]
         scores = score(answers, samples, embed)
