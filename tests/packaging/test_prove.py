@@ -151,3 +151,12 @@ def test_check_names_what_changed_and_runs_nothing(
     assert "changed since they were proved: lanczos\n" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         prove.main(["--slices", "nonsense"], copy_of_the_tree)
+
+
+def test_every_triton_kernel_is_checked_in_the_interpreter() -> None:
+    """The checks are found by name: one that was renamed would not be missed otherwise."""
+    checked = {
+        file.stem.removeprefix("check_") for file in (slices.ROOT / "tests/triton/interpreted").glob("check_*.py")
+    }
+    kernels = {name for name in slices.slices() if slices.kernel_files(name, "triton")}
+    assert checked == kernels and len(kernels) >= 4
