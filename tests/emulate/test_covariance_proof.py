@@ -1,8 +1,9 @@
-"""The CUDA kernels of covariance under the sanitizers, and with one line broken, which must be found.
+"""The CUDA kernels of covariance under the sanitizers and nvcc, and with one line broken, which must be found.
 
 RMTKERNELS_PROVE=1 runs all of it; else what takes seconds."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ROOT / "csrc/include/rmtkernels"
 SLICE = "covariance"
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 prove = pytest.mark.skipif("RMTKERNELS_PROVE" not in os.environ, reason="RMTKERNELS_PROVE=1 runs it")
 
 
@@ -113,3 +115,28 @@ def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], mutant
     done = run(builder.driver(build, SLICE, broken_headers[mutant]), 1)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+def readable(mangled: str) -> str:
+    """A kernel's name<rows, state>, from its Itanium name."""
+    name, types = re.fullmatch(r"_ZN10rmtkernels\d+(\w+?_kernel)(?:I((?:[fd]|NS_\d+\w+?E)+)E)?E\w*", mangled).groups()
+    spelt = re.findall(r"([fd])|NS_\d+([a-z]+\d+)E", types or "")
+    words = [{"f": "float", "d": "double"}.get(letter, other) for letter, other in spelt]
+    return f"{name}<{', '.join(words)}>" if words else name
+
+
+@prove
+@needs_nvcc
+def test_instructions(tmp_path: Path) -> None:
+    """16-byte loads of rows, tensor cores in the kernels for 16-bit rows and in no other, and no atomic."""
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc/include", "-Icsrc", "-arch=compute_80", "-ptx",
+               f"csrc/cuda/{SLICE}.cu", "-o", str(tmp_path / "all.ptx")]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+    bodies = re.split(r"\.entry (\w+)", (tmp_path / "all.ptx").read_text())[1:]
+    kernels = {readable(mangled): body for mangled, body in zip(bodies[::2], bodies[1::2], strict=True)}
+    for name, body in kernels.items():
+        assert not re.search(r"\b(atom|red)\.", body), name
+        assert ("mma.sync" in body) == ("ldmatrix" in body) == ("tensor" in name), name
+        assert "tf32" not in body, name
+        if re.search("norms|sums|scatter|tensor", name):
+            assert re.search(r"ld\.global\S*\.v(4\.[a-z]32|2\.[a-z]64)", body), name

@@ -1,8 +1,9 @@
-"""The kernels of lanczos under the sanitizers, and with one line broken, which must be found.
+"""The kernels of lanczos under the sanitizers and nvcc, and with one line broken, which must be found.
 
 RMTKERNELS_PROVE=1 runs all of it; else what takes seconds."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ROOT / "csrc/include/rmtkernels"
 SLICE, HEADER = "lanczos", "lanczos.cuh"
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 prove = pytest.mark.skipif("RMTKERNELS_PROVE" not in os.environ, reason="RMTKERNELS_PROVE=1 runs it")
 
 
@@ -90,3 +92,17 @@ def test_broken_kernel_is_found(builder, broken_sources: dict[str, Path], mutant
     done = run(builder.driver(build, SLICE, broken_sources[mutant]), 1)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+@prove
+@needs_nvcc
+def test_the_basis_is_read_two_columns_at_once_and_there_is_no_atomic(tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++17", "-O3", "-Icsrc/include", "-Icsrc", "-arch=compute_80", "-ptx",
+               f"csrc/cuda/{SLICE}.cu", "-o", str(tmp_path / "all.ptx")]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True)
+    bodies = re.split(r"\.entry (\w+)", (tmp_path / "all.ptx").read_text())[1:]
+    assert len(bodies) == 12
+    for mangled, body in zip(bodies[::2], bodies[1::2], strict=True):
+        pairs = len(re.findall(r"ld\.global\.v2\.(?:f32|f64|b32|b64|u32|u64)", body))
+        assert pairs >= (2 if "sweep" in mangled else 0), mangled
+        assert not re.search(r"\batom\.|\bred\.(global|shared)", body)
