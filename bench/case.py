@@ -16,7 +16,8 @@ class Case:
         verify: raises AssertionError if ours or a peer computes something else than the oracle.
         targets: lowest ratio peer / ours to reach, by peer ("best" for the fastest candidate).
         bytes_read, flops: what a call cannot avoid reading and computing; copy bandwidth and the GEMM peak of
-            `flops_dtype`, measured in the same run, make a floor of the slower of the two.
+            `flops_dtype`, measured in the same rounds, make a floor of the slower of the two.
+        floor_share: lowest share of that floor to reach; 0 for no target.
         extra: further figures of ours, taken after the timing, and the highest value each may have.
     """
 
@@ -27,6 +28,7 @@ class Case:
     bytes_read: int = 0
     flops: int = 0
     flops_dtype: torch.dtype = torch.float64
+    floor_share: float = 0
     extra: Callable[[], dict[str, float]] = dict
     limits: dict[str, float] = field(default_factory=dict)
     rounds: int = 60

@@ -30,7 +30,8 @@ def markdown(results: dict[str, Any], targets_only: bool = False) -> str:
             interval = f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
             lines.append(f"| `{name}` | {_time(ours)} | {against} | {interval} | {target} | {floor} |")
         for what, goal in goals.items():
-            lines.append(f"| `{name}` | {goal['value']:.2%} | {what} | | ≤ {goal['target']:.0%} {_met(goal)} | |")
+            sign = "≥" if goal.get("at_least") else "≤"
+            lines.append(f"| `{name}` | {goal['value']:.2%} | {what} | | {sign} {goal['target']:.0%} {_met(goal)} | |")
     return "\n".join(lines)
 
 

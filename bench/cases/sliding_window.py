@@ -148,7 +148,7 @@ def decode_joint() -> Case:
         "best of: vecdot": PerLayer(vecdot),
         "best of: a matrix-vector product per layer": PerLayer(matrix_vector_loop),
     }
-    return decode_case("trace", peers, {"svdvals": 50, "best": 2.5})
+    return decode_case("trace", peers, {"svdvals": 50, "best": 4})
 
 
 @case("sliding_window.decode_joint_raw")
