@@ -103,7 +103,10 @@ def _scale(options: argparse.Namespace) -> int:
     from bench.measure import machine
     from bench.scale import SWEEPS, measure
 
-    found = {"machine": machine(), "scales": {name: measure(SWEEPS[name]) for name in _names(options, SWEEPS)}}
+    found: dict[str, Any] = {"machine": machine(), "scales": {}}
+    for name in _names(options, SWEEPS):
+        print(name, flush=True)
+        found["scales"][name] = measure(SWEEPS[name])
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
