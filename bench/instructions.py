@@ -54,10 +54,10 @@ def count(program: Path) -> dict[str, int]:
     if shutil.which("valgrind") is None:
         raise CountError("there is no valgrind: install the package of that name")
     names = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
-    return {name: _count_one(program, name) for name in names}
+    return {name: count_one(program, name) for name in names}
 
 
-def _count_one(program: Path, name: str) -> int:
+def count_one(program: Path, name: str) -> int:
     command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=measured*"]
     done = subprocess.run([*command, str(program), name], capture_output=True, text=True, check=False)
     found = re.search(r"Collected : (\d+)", done.stderr)

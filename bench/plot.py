@@ -43,7 +43,7 @@ def _figures(results: dict[str, Any], pyplot: Any) -> Iterator[tuple[str, Any]]:
 def ratios(cases: dict[str, Any], pyplot: Any) -> Any:
     """How many times as long each peer takes, with 90 % of the rounds; the target, and what the floor would allow."""
     rows = [(name.partition(".")[2], peer, case) for name, case in cases.items() for peer in case["ratios"]]
-    figure, axes = pyplot.subplots(figsize=(6.4, 0.7 + 0.24 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.2, 0.7 + 0.24 * len(rows)), layout="constrained")
     for place, (_, peer, case) in enumerate(rows):
         found = case["ratios"][peer]
         spread = [[found["median"] - found["low"]], [found["high"] - found["median"]]]
@@ -57,7 +57,7 @@ def ratios(cases: dict[str, Any], pyplot: Any) -> Any:
     labels = [f"{case}: {peer.removeprefix('best of: ')}" for case, peer, _ in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("time over ours (bar: 90 % of rounds, |: target, ×: floor)")
+    axes.set_xlabel("time over ours (bar: 90 % of rounds, |: target, ×: floor)", loc="right")
     return figure
 
 
@@ -79,6 +79,8 @@ def curves(sweeps: dict[str, Any], pyplot: Any) -> Any:
         for panel in (time, memory):
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
+            bottom, top = panel.get_ylim()
+            panel.set_ylim(bottom / 2, top * 2)  # what is flat looks flat
             panel.set_xticks(x, [f"{int(value)}" for value in x])
             panel.minorticks_off()
         memory.set_xlabel(axis)
