@@ -75,11 +75,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check_and_time(options: argparse.Namespace, timed: bool) -> int:
-    """A case whose results are wrong is named, not timed, and makes the exit status 1."""
+    """A case whose results are wrong, or that lacks its data, is named, not timed, and makes the exit status 1."""
     from bench.cases import REGISTRY
     from bench.measure import machine, measure
 
-    found: dict[str, Any] = {"machine": machine(), "cases": {}, "wrong": {}}
+    found: dict[str, Any] = {"machine": machine(), "cases": {}, "wrong": {}, "not run": {}}
     for name in _names(options, REGISTRY):
         threads, setup = REGISTRY[name]
         torch.set_num_threads(threads)
@@ -90,13 +90,18 @@ def _check_and_time(options: argparse.Namespace, timed: bool) -> int:
             found["wrong"][name] = str(error)
             print(f"{name}: WRONG, so not timed: {error}", flush=True)
             continue
+        except FileNotFoundError as error:
+            found["not run"][name] = str(error)
+            print(f"{name}: not run: {error}", flush=True)
+            continue
         print(f"{name} ({threads} thread{'s' * (threads > 1)}): results right", flush=True)
         if timed:
             found["cases"][name] = {"threads": threads, **measure(prepared)}
-    if timed and options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+            _write(options.json, found)
+    if timed:
+        _write(options.json, found)
     missed = any(not line["met"] for case in found["cases"].values() for line in case["targets"])
-    return int(missed or bool(found["wrong"]))
+    return int(missed or bool(found["wrong"]) or bool(found["not run"]))
 
 
 def _scale(options: argparse.Namespace) -> int:
@@ -107,8 +112,7 @@ def _scale(options: argparse.Namespace) -> int:
     for name in _names(options, SWEEPS):
         print(name, flush=True)
         found["scales"][name] = measure(SWEEPS[name])
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        _write(options.json, found)
     return 0
 
 
@@ -147,6 +151,12 @@ def _instructions(options: argparse.Namespace) -> int:
     from bench.instructions import main as count
 
     return count(options.write)
+
+
+def _write(file: Path | None, found: dict[str, Any]) -> None:
+    """After each case: what is interrupted keeps what it has."""
+    if file is not None:
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:

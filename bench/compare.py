@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Of the machine: where these differ, a peer may have changed instead of ours
-SAME = ("cpu", "instruction set", "torch", "numpy", "scipy", "scikit-learn", "transformers")
+SAME = ("cpu", "instruction set", "torch", "numpy", "scipy", "scikit-learn", "hessian-eigenthings", "transformers")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""The same cases for pytest-benchmark: `pytest bench/ -k spectrum`. Results are checked first; peers are left to
-`python -m bench run`, which times them in turn with ours."""
+"""The same cases for pytest-benchmark: `python -m pytest bench/ -k spectrum`. Results are checked first; peers are left
+to `python -m bench run`, which times them in turn with ours."""
 
 from typing import Any
 

@@ -70,6 +70,17 @@ def test_a_wrong_case_is_named_and_not_reported(
     assert {"cpu", "cores", "commit", "torch", "scipy", "load"} <= found["machine"].keys()
 
 
+def test_a_case_without_its_data_does_not_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def setup() -> Case:
+        raise FileNotFoundError("no WikiText-2")
+
+    monkeypatch.setattr(cases, "REGISTRY", {"right": (1, lambda: adding(8)), "unset": (1, setup)})
+    file = tmp_path / "results.json"
+    assert command.main(["run", "--json", str(file)]) == 1
+    found = json.loads(file.read_text())
+    assert found["not run"] == {"unset": "no WikiText-2"} and found["cases"].keys() == {"right"}
+
+
 def test_no_such_case_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "REGISTRY", {"right": (1, lambda: adding(8))})
     with pytest.raises(SystemExit, match=r"nothing begins with any of .*there is: right"):
