@@ -17,6 +17,7 @@ class Case:
         targets: lowest ratio peer / ours to reach, by peer ("best" for the fastest candidate).
         bytes_read, flops: what a call cannot avoid reading and computing; copy bandwidth and the GEMM peak of
             `flops_dtype`, measured in the same rounds, make a floor of the slower of the two.
+        footprint: bytes in use, where a call reads them more than once; 0 for `bytes_read`. The copy is that large.
         floor_share: lowest share of that floor to reach; 0 for no target.
         extra: further figures of ours, taken after the timing, and the highest value each may have.
     """
@@ -26,6 +27,7 @@ class Case:
     verify: Callable[[], None]
     targets: dict[str, float]
     bytes_read: int = 0
+    footprint: int = 0
     flops: int = 0
     flops_dtype: torch.dtype = torch.float64
     floor_share: float = 0

@@ -22,7 +22,7 @@ PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "hessian-eigenthings", "t
 
 def measure(prepared: Case) -> dict[str, Any]:
     """Times one case, prints what came out and returns it. The machine's own limits are timed in the same rounds."""
-    copy, copied = copy_of(prepared.bytes_read)
+    copy, copied = copy_of(prepared.footprint or prepared.bytes_read)
     gemm, operations = gemm_of(prepared.flops_dtype)
     limits = {COPY: copy, GEMM: gemm} if prepared.bytes_read or prepared.flops else {}
     times = interleave({"ours": prepared.ours, **prepared.peers, **limits}, prepared.rounds)

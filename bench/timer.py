@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 Times = dict[str, np.ndarray]
+LARGEST_COPY = 1 << 28
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, block_ms: float = 2.0) -> Times:
@@ -45,8 +46,11 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def copy_of(footprint: int) -> tuple[Callable[[], object], int]:
-    """A copy between two buffers of `footprint` / 2 bytes, and the bytes that it reads and writes."""
-    source = torch.zeros(max(footprint // 8, 1), dtype=torch.float32)
+    """A copy between two buffers of `footprint` / 2 bytes, and the bytes that it reads and writes.
+
+    Beyond what any cache holds the speed no longer changes: larger footprints are cut to LARGEST_COPY.
+    """
+    source = torch.ones(max(min(footprint, LARGEST_COPY) // 8, 1), dtype=torch.float32)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.numel() * 4
 

@@ -44,6 +44,7 @@ def generation(limit: float, detector: bool = False, **options: Any) -> Case:
         assert torch.equal(watched(), plain()), "the monitor changed the model's output"
         assert track.lengths.tolist() == [NEW_TOKENS - 1], "not every token was watched"
 
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return Case(
         ours=watched,
         peers={"without the monitor": plain},
@@ -51,7 +52,8 @@ def generation(limit: float, detector: bool = False, **options: Any) -> Case:
         targets={},
         extra=lambda: {"share of decode time inside the monitor": track.overhead().share},
         limits={"share of decode time inside the monitor": limit},
-        bytes_read=(NEW_TOKENS - 1) * 4 * sum(parameter.numel() for parameter in model.parameters()),
+        bytes_read=(NEW_TOKENS - 1) * weights,
+        footprint=weights,
         rounds=12,
     )
 

@@ -112,6 +112,7 @@ def top(matrix: Tensor, rounds: int, samples: Tensor | None = None) -> Case:
         targets=TARGETS.get(d, {}),
         extra=lambda: reached,
         bytes_read=ours().steps * given.numel() * 4,
+        footprint=given.numel() * 4,
         flops=products * 2 * LANES * given.numel(),
         flops_dtype=torch.float32,
         rounds=rounds,

@@ -145,12 +145,14 @@ def methods() -> Case:
         want = torch.linalg.slogdet(covariance / states.shape[1] + RIDGE * torch.eye(ANSWERS).double())[1] / ANSWERS
         assert abs(inside.score - want) <= 1e-3 * abs(want), "INSIDE: wrong score"
 
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return Case(
         ours=watched,
         peers=peers,
         verify=verify,
         targets={},
-        bytes_read=(NEW_TOKENS - 1) * 4 * sum(parameter.numel() for parameter in model.parameters()),
+        bytes_read=(NEW_TOKENS - 1) * weights,
+        footprint=weights,
         rounds=7,
     )
 

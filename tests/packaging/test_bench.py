@@ -15,7 +15,7 @@ from bench import cases, page, scale
 from bench.case import Case
 from bench.compare import change, report
 from bench.plot import draw
-from bench.timer import median_interval
+from bench.timer import LARGEST_COPY, copy_of, median_interval
 
 MACHINE = {"cpu": "a", "torch": "2.13.0"}
 
@@ -139,6 +139,14 @@ def test_limits_of_a_median(count: int) -> None:
     missed = 2 * scipy.stats.binom.cdf(low, count, 0.5)
     assert missed <= 0.07 or low == 0
     assert low == 0 or scipy.stats.binom.cdf(low + 2, count, 0.5) > 0.025, "wider than it must be"
+
+
+@pytest.mark.parametrize(("footprint", "moved"), [(0, 8), (4096, 4096), (10**13, LARGEST_COPY)])
+def test_the_copy_is_as_large_as_asked_and_fits_the_memory(footprint: int, moved: int) -> None:
+    copy, count = copy_of(footprint)
+    target = copy()
+    assert isinstance(target, torch.Tensor) and target.eq(1).all()
+    assert count == moved == 2 * target.nbytes
 
 
 def test_the_exponent_is_that_of_the_large_sizes() -> None:
