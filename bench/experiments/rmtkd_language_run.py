@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments import texts
+from bench.experiments.results import write_json
 from bench.experiments.rmtkd_language import BLOCKS
-from bench.experiments.rmtkd_units import write_whole
 from eigentrack.loading import cache_dir, demo_model, load_causal_lm
 
 RESULT = texts.ROOT / "bench" / "results" / "rmtkd-language-run.json"
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fields["model"] = name
     settings = " ".join(SETTINGS + common)
     report = {"made by": "python -m bench.experiments.rmtkd_language_run", "settings": settings, "run": ran}
-    write_whole(options.json, json.dumps(report | compared, indent=1) + "\n")
+    write_json(options.json, report | compared)
 
 
 def prepare(folder: Path) -> None:
