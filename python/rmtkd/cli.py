@@ -52,9 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
     try:
-        from rmtkd import commands  # not before: --help must not wait for transformers
+        from rmtkd import commands, processes  # not before: --help must not wait for transformers
 
         report = getattr(commands, arguments.command)(arguments, config)
+        if not processes.first():
+            return 0
     except ImportError as error:
         return _fail(f"{error}: pip install 'rmtkernels[rmtkd]'")
     except (RmtkdError, OSError) as error:
