@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from bench.experiments.results import write_json
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0 if every case was right and met its targets and nothing got slower, else 1."""
@@ -156,7 +158,7 @@ def _instructions(options: argparse.Namespace) -> int:
 def _write(file: Path | None, found: dict[str, Any]) -> None:
     """After each case: what is interrupted keeps what it has."""
     if file is not None:
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench.experiments.results import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("instructions.json")
 SLICES = ("covariance", "lanczos", "lowrank_linear", "sliding_window", "spectrum")
@@ -112,6 +114,6 @@ def main(write: bool) -> int:
             print(f"{isa:9} {name:30} {number:10}" + (f"   {number / before - 1:+.2%}" if before else ""))
         failed += [f"{isa} {line}" for line in over_budget(found, budget.get(isa, {}))]
     if write:
-        BUDGET.write_text(json.dumps({"compiler": compiler(), "instructions": counts}, indent=1) + "\n")
+        write_json(BUDGET, {"compiler": compiler(), "instructions": counts})
     print("\n".join(failed) or "within the budget")
     return int(bool(failed))
