@@ -30,15 +30,15 @@ def test_checkers_are_silent(builder, build: str, blocks: int) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
-SAMPLE, SCATTER, TENSOR, CORE = (
-    "covariance.cuh", "covariance_scatter.cuh", "covariance_tensor.cuh", "tensor_core.cuh"
+SAMPLE, SCATTER, TENSOR, SCAN = (
+    "covariance.cuh", "covariance_scatter.cuh", "covariance_tensor.cuh", "block_scan.cuh"
 )  # fmt: skip
 # (header, text as shipped, text broken, build, what it says). The plain build says what the driver's reference found.
 MUTANTS = {
     "the list is read before it is there":
         (SAMPLE, "__syncthreads();  // the list is there", "", "thread", "data race"),
     "one room for the counts of two steps":
-        (SAMPLE, "__syncthreads();\n  *all = 0;", "*all = 0;", "thread", "data race"),
+        (SCAN, "__syncthreads();\n  *all = 0;", "*all = 0;", "thread", "data race"),
     "columns are added up too early":
         (SAMPLE, "__syncthreads();\n  for (int i = threadIdx.x; i < kLanesAcross", "for (int i = threadIdx.x; i < "
          "kLanesAcross", "thread", "data race"),
