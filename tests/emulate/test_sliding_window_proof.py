@@ -9,63 +9,63 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulate.proof import PROVE, ROOT, Mutant, assert_found, break_headers, prove
+from tests.emulate.proof import PROVE, ROOT, assert_found, break_headers, prove
 
 SLICE, GRAM, SHARED, CORE = "sliding_window", "sliding_window_gram.cuh", "sliding_window.cuh", "tensor_core.cuh"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
-# What the plain build says is what the driver's reference found.
+# (header, text as shipped, text broken, build, what it says). The plain build says what the driver's reference found.
 MUTANTS = {
     "a tile begins one row late":
-        Mutant(GRAM, "place > tile - rows.window &&", "place > tile - rows.window + 1 &&", "plain", "wrong windows"),
+        (GRAM, "place > tile - rows.window &&", "place > tile - rows.window + 1 &&", "plain", "wrong windows"),
     "rows past the list's end are read":
-        Mutant(GRAM, " && place < listed;", ";", "memory", "runtime error"),
+        (GRAM, " && place < listed;", ";", "memory", "runtime error"),
     "products past the list's end are stored":
-        Mutant(GRAM, "if (place >= listed) continue;", "", "plain", "wrong windows"),
+        (GRAM, "if (place >= listed) continue;", "", "plain", "wrong windows"),
     "offsets are read before they are there":
-        Mutant(GRAM, "__syncthreads();  // the offsets", "// the offsets", "thread", "data race"),
+        (GRAM, "__syncthreads();  // the offsets", "// the offsets", "thread", "data race"),
     "the first slice is multiplied before it is there":
-        Mutant(GRAM, "__syncthreads();  // the first", "// the first", "thread", "data race"),
+        (GRAM, "__syncthreads();  // the first", "// the first", "thread", "data race"),
     "a slice is overwritten while it is multiplied":
-        Mutant(GRAM, "__syncthreads();  // nobody", "// nobody", "thread", "data race"),
+        (GRAM, "__syncthreads();  // nobody", "// nobody", "thread", "data race"),
     "counts are added up before they are there":
-        Mutant("block_scan.cuh", "__syncthreads();", "", "thread", "data race"),
+        ("block_scan.cuh", "__syncthreads();", "", "thread", "data race"),
     "the other way round belongs to another row":
-        Mutant(GRAM, "middle[k - k * 2 * rows.window]", "middle[k - k / 2 * 2 * rows.window]", "plain",
+        (GRAM, "middle[k - k * 2 * rows.window]", "middle[k - k / 2 * 2 * rows.window]", "plain",
                "wrong windows"),
     "the oldest row is taken for the newest":
-        Mutant(GRAM, "slot > newest ?", "slot >= newest ?", "plain", "wrong windows"),
+        (GRAM, "slot > newest ?", "slot >= newest ?", "plain", "wrong windows"),
     "slots that are not in use are read":
-        Mutant(GRAM, "i < 0 || j < 0 ? 0", "i < 0 && j < 0 ? 0", "plain", "wrong windows"),
+        (GRAM, "i < 0 || j < 0 ? 0", "i < 0 && j < 0 ? 0", "plain", "wrong windows"),
     "a window ends one row early":
-        Mutant(GRAM, "+ 1) * stride - 1]", "+ 1) * stride - 2]", "plain", "wrong windows"),
+        (GRAM, "+ 1) * stride - 1]", "+ 1) * stride - 2]", "plain", "wrong windows"),
     "a split is left out":
-        Mutant(GRAM, "int64_t split = 0;", "int64_t split = 1;", "plain", "wrong windows"),
+        (GRAM, "int64_t split = 0;", "int64_t split = 1;", "plain", "wrong windows"),
     "splits overlap":
-        Mutant(GRAM, "end = begin + kSplitDim < rows.dim ? begin + kSplitDim : rows.dim;", "end = rows.dim;", "plain",
+        (GRAM, "end = begin + kSplitDim < rows.dim ? begin + kSplitDim : rows.dim;", "end = rows.dim;", "plain",
                "wrong windows"),
     "elements past a row's end count":
-        Mutant(GRAM, " || first >= rows.dim)", ")", "plain", "wrong windows"),
+        (GRAM, " || first >= rows.dim)", ")", "plain", "wrong windows"),
     "where a row begins is told in 32 bits":
-        Mutant(GRAM, "= (own + i) * rows.step_stride;", "= int((own + i) * rows.step_stride);", "plain",
+        (GRAM, "= (own + i) * rows.step_stride;", "= int((own + i) * rows.step_stride);", "plain",
                "rows far apart"),
     "masked rows are taken":
-        Mutant(GRAM, "rows.mask == nullptr || rows.mask[", "rows.mask == nullptr || !rows.mask[", "plain",
+        (GRAM, "rows.mask == nullptr || rows.mask[", "rows.mask == nullptr || !rows.mask[", "plain",
                "wrong windows"),
     "rows that are not finite are taken":
-        Mutant(GRAM, "taken = norm_is_finite(", "taken = true || norm_is_finite(", "plain", "wrong windows"),
+        (GRAM, "taken = norm_is_finite(", "taken = true || norm_is_finite(", "plain", "wrong windows"),
     "a fragment comes from other rows":
-        Mutant(GRAM, "lane() % 16][16 * step + lane() / 16 * 8]", "lane() % 8 + lane() / 16 * 8][16 * step + lane() / 8"
+        (GRAM, "lane() % 16][16 * step + lane() / 16 * 8]", "lane() % 8 + lane() / 16 * 8][16 * step + lane() / 8"
                " % 2 * 8]", "plain", "wrong windows"),
     "half a slice is multiplied twice":
-        Mutant(GRAM, "lane() % 8][lane() / 8 * 8]", "lane() % 8][lane() / 8 % 2 * 8]", "plain", "wrong windows"),
+        (GRAM, "lane() % 8][lane() / 8 * 8]", "lane() % 8][lane() / 8 % 2 * 8]", "plain", "wrong windows"),
     "CUDA cores mistake a column":
-        Mutant(GRAM, "return 8 * n + lane() / 2 % 8;", "return 8 * n + lane() / 4;", "plain", "wrong windows"),
+        (GRAM, "return 8 * n + lane() / 2 % 8;", "return 8 * n + lane() / 4;", "plain", "wrong windows"),
     "bfloat16 is taken for float16":
-        Mutant(CORE, "double(to_float(Half{", "double(to_float(float16{", "plain", "wrong windows"),
+        (CORE, "double(to_float(Half{", "double(to_float(float16{", "plain", "wrong windows"),
     "any address is taken for aligned":
-        Mutant(SHARED, "(data) % sizeof(Pack<T>) == 0", "(data) % 1 == 0", "memory", "misaligned"),
+        (SHARED, "(data) % sizeof(Pack<T>) == 0", "(data) % 1 == 0", "memory", "misaligned"),
 }  # fmt: skip
 QUICK = {"a tile begins one row late", "a slice is overwritten while it is multiplied"}
 CHOSEN = {name: mutant for name, mutant in MUTANTS.items() if PROVE or name in QUICK}

@@ -200,11 +200,9 @@ struct GramSliceInFlight {
   }
 };
 
-// Blocks on a multiprocessor that the compiler leaves registers for: as many as their sums allow without a spill.
+// Blocks on a multiprocessor that the compiler leaves registers for, 0 if it is to choose.
 template <class X, int kWindow>
-constexpr int kTileBlocks = kWindow == 128                    ? 3
-                            : sizeof(X) == 4 || kWindow == 64 ? 4
-                                                              : 6;
+constexpr int kTileBlocks = sizeof(X) == 4 && kWindow == 128 ? 3 : 0;
 
 // Grid (batch * ceil(steps / kTileRows), splits). kWindow: 32, 64 or 128, at least the window.
 //
