@@ -39,8 +39,8 @@ struct WindowGram {
   RowType type;
 };
 
-// Bytes of memory that a call of these sizes works in: for a row its products, of which rows of 512 elements have 3 for
-// each slot of the window, and one more for each further 512 elements.
+// Bytes of memory that a call of these sizes works in: of each row `window` floats for every 512 elements and twice as
+// many at the end, and 17 bytes.
 extern "C" int64_t rmtkernels_cuda_window_gram_workspace(int64_t batch, int64_t steps, int64_t dim, int64_t window);
 
 // Queues five kernels on `stream`, a cudaStream_t of the current device. Returns a cudaError_t. Allocates nothing,

@@ -193,11 +193,11 @@ def test_gram_agrees_with_the_oracle(backend: str, shape: tuple[int, ...], dtype
 @by_backend("window_gram")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_gram_is_exact_on_integers_for_every_window(backend: str, dtype: torch.dtype) -> None:
-    hidden = torch.randint(-5, 6, (2, 330, 530), generator=torch.Generator().manual_seed(0)).to(dtype)
+    hidden = torch.randint(-5, 6, (2, 390, 530), generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = hidden.double()
     for window in (*range(1, 20), 31, 32, 33, 48, 63, 64, 65, 96, 127, 128):
-        gram, _ = window_gram(hidden.cuda(), window, 110, backend=backend)
-        for w, end in enumerate((110, 220, 330)):
+        gram, _ = window_gram(hidden.cuda(), window, 130, backend=backend)
+        for w, end in enumerate((130, 260, 390)):
             slots = torch.arange(end - window, end) % window
             rows = torch.empty(2, window, 530, dtype=torch.float64)
             rows[:, slots] = exact[:, end - window : end]
@@ -254,16 +254,16 @@ def test_gram_of_equal_rows_has_equal_entries(backend: str, dtype: torch.dtype) 
 
 
 @by_backend("window_gram", "cuda")
-@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=str)
-def test_gram_takes_the_rows_that_push_takes(backend: str, dtype: torch.dtype) -> None:
-    """Also where a norm just fits float32; what was taken has finite entries."""
+@pytest.mark.parametrize("dim", [50, 523])
+def test_gram_takes_the_rows_that_push_takes(backend: str, dim: int) -> None:
+    """Also where a norm just fits float32. What was taken has finite entries, in whatever order they are summed."""
     size = torch.finfo(FLOAT).max ** 0.5
-    scale = size / 520**0.5 * (1 + torch.arange(-200, 200) * (2e-8 if dtype == FLOAT else 4e-4))
-    hidden = (scale[None, :, None] * torch.ones(520) * (1 + 1e-3 * normal(1, 400, 520))).to(dtype).cuda()
-    gram, seen = window_gram(hidden, 9, 400, backend=backend)
-    state = to_gpu(empty_state(1, 1, 9, 520, dtype))
+    scale = size / dim**0.5 * (1 + 2e-8 * torch.arange(-40, 40, dtype=torch.float64))
+    hidden = scale[None, :, None].expand(1, 80, dim).float().cuda()
+    gram, seen = window_gram(hidden, 80, 80, backend=backend)
+    state = to_gpu(empty_state(1, 1, 80, dim))
     window_push_(*state, [hidden], backend=backend)
-    assert 0 < seen[0, 0] < 400 and torch.equal(seen[0], state.seen[:, 0])
+    assert 0 < seen[0, 0] < 80 and torch.equal(seen[0], state.seen[:, 0])
     assert gram.isfinite().all()
 
 
@@ -323,7 +323,7 @@ def test_gram_runs_on_the_current_stream(backend: str) -> None:
 
 
 @by_backend("window_gram")
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gram_runs_on_the_device_of_its_rows(backend: str) -> None:
     hidden = normal(2, 300, 520)
     other = window_gram(hidden.to("cuda:1"), 32, backend=backend)
