@@ -85,14 +85,14 @@ def window_gram(
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of all windows of whole sequences; each inner product is computed once (T N D work).
 
-    Window w holds what pushing rows 0 .. (w + 1) stride - 1 one by one would leave, slot by slot.
+    Window w holds what pushing rows 0 .. (w + 1) stride - 1 one by one would leave, slot by slot (on CUDA to rounding).
 
     Args:
         hidden: (B, T, D) float32, bfloat16 or float16, any strides.
         window: N, 1 to 128.
         stride: rows from one window to the next.
         mask: (B, T) bool; rows where it is False are skipped, as are rows that are not finite.
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
 
     Returns:
         gram (B, T // stride, N, N) float32, zero in slots not yet in use, and seen (B, T // stride) int64, the rows
