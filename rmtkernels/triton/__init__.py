@@ -14,6 +14,7 @@ FORMS = {
     "lowrank_linear": "lowrank_linear_triton",
     "spectrum_eigvalsh": "spectrum_eigvalsh_triton",
     "window_push_": "window_push_triton_",
+    "window_gram": "window_gram_triton",
     "covariance_update_": "covariance_update_triton_",
 }
 MAX_MATRIX = 64  # of spectrum_eigvalsh: a larger one does not fit the registers

@@ -136,6 +136,20 @@ def _window_push_fake(ring: Tensor, gram: Tensor, seen: Tensor, rows: list[Tenso
     _same_device(ring, gram, seen, *rows, mask)
 
 
+define("window_gram_triton(Tensor hidden, int window, int stride=1, Tensor? mask=None) -> (Tensor, Tensor)")
+window_gram = _implement("window_gram_triton", "sliding_window_gram", "window_gram")
+
+
+@torch.library.register_fake("rmtkernels::window_gram_triton")
+def _window_gram_fake(
+    hidden: Tensor, window: int, stride: int = 1, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _same_device(hidden, mask)
+    batch, windows = hidden.shape[0], hidden.shape[1] // stride
+    gram = hidden.new_empty((batch, windows, window, window), dtype=torch.float32)
+    return gram, hidden.new_empty((batch, windows), dtype=torch.int64)
+
+
 define(
     "covariance_update_triton_(Tensor(a!) mean, Tensor(b!) scatter, Tensor(c!) totals, Tensor batch, Tensor? weights, "
     "Tensor? mask, float decay) -> ()"

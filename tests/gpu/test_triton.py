@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import rmtkernels
-from rmtkernels import covariance_update_, dispatch, lowrank_linear, spectrum_eigvalsh, window_push_
+from rmtkernels import covariance_update_, dispatch, lowrank_linear, spectrum_eigvalsh, window_gram, window_push_
 from rmtkernels.reference import lowrank_linear_ref
 from rmtkernels.reference.covariance import covariance_update_ref_
-from rmtkernels.reference.sliding_window import window_push_ref_
+from rmtkernels.reference.sliding_window import window_gram_ref, window_push_ref_
 from rmtkernels.triton import INTERPRETED
 from tests.helpers import State, empty_covariance, empty_state, normal, same_bits, same_state
 
@@ -203,6 +203,37 @@ def test_window_push_neither_waits_nor_allocates_and_can_be_captured() -> None:
     assert same_state(state, want)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, HALF])
+@pytest.mark.parametrize(
+    ("batch", "steps", "dim", "window", "stride"), [(1, 1, 1, 1, 1), (2, 75, 1504, 33, 2), (3, 140, 70, 128, 5)]
+)
+def test_window_gram_agrees_with_the_oracle(
+    batch: int, steps: int, dim: int, window: int, stride: int, dtype: torch.dtype
+) -> None:
+    hidden, mask = normal(batch, steps, dim, dtype=dtype), normal(batch, steps, seed=1) > -1.5
+    hidden[-1, steps // 2, -1] = torch.inf
+    gram, seen = window_gram(hidden.cuda(), window, stride, mask.cuda(), backend="triton")
+    want, want_seen = window_gram_ref(hidden, window, stride, mask, dtype=DOUBLE)
+    norms = want.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert torch.equal(seen.cpu(), want_seen)
+    assert ((gram.cpu() - want).abs() <= 2.0**-21 * norms[..., None] * norms[..., None, :]).all()
+
+
+def test_window_gram_has_the_same_bits_in_any_run_and_company_and_does_not_wait() -> None:
+    hidden = normal(4, 300, 1024, dtype=BFLOAT).cuda()
+    want = window_gram(hidden, 32, 4, backend="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [window_gram(hidden, 32, 4, backend="triton") for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(same_bits(got, right) for run in runs for got, right in zip(run, want, strict=True))
+    for b in range(4):
+        alone = window_gram(hidden[b : b + 1], 32, 4, backend="triton")
+        assert all(same_bits(got, right[b : b + 1]) for got, right in zip(alone, want, strict=True))
+
+
 @pytest.mark.parametrize(("state", "dtype"), [(FLOAT, FLOAT), (FLOAT, BFLOAT), (DOUBLE, DOUBLE)])
 def test_covariance_update_agrees_with_the_oracle(state: torch.dtype, dtype: torch.dtype) -> None:
     empty = empty_covariance(200, state)
@@ -271,7 +302,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_without_the_cuda_library_triton_is_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operator in ("spectrum_eigvalsh", "window_push_"):
+    for operator in ("spectrum_eigvalsh", "window_push_", "window_gram"):
         monkeypatch.setitem(dispatch._available, (operator, "cuda"), "not built")
         assert dispatch.select(operator, torch.device("cuda")) == "triton"
     matrices = normal(4, 16, 16).cuda()

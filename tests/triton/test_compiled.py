@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from rmtkernels.triton import covariance, lowrank_linear, sliding_window, spectrum  # noqa: E402
+from rmtkernels.triton import covariance, lowrank_linear, sliding_window, sliding_window_gram, spectrum  # noqa: E402
 from tests.triton.compile_only import TARGETS, Resources, compile_only, resources  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -49,6 +49,11 @@ def push(dtype: torch.dtype, masked: bool, steps: int | None) -> Launch:
     return lambda: sliding_window.window_push_(ring, gram, seen, rows, mask if masked else None)
 
 
+def windows(dtype: torch.dtype, masked: bool, shape: tuple[int, int, int], window: int) -> Launch:
+    hidden, mask = torch.empty(*shape, dtype=dtype), torch.empty(shape[:2], dtype=torch.bool)
+    return lambda: sliding_window_gram.window_gram(hidden, window, 1, mask if masked else None)
+
+
 def update(state: torch.dtype, dtype: torch.dtype) -> Launch:
     mean, totals = torch.zeros(1024, dtype=DOUBLE), torch.ones(5, dtype=DOUBLE)
     scatter, batch, weights = torch.zeros(1024, 1024, dtype=state), torch.ones(256, 1024, dtype=dtype), torch.ones(256)
@@ -66,6 +71,9 @@ LAUNCHES: dict[str, Launch] = {
     "spectrum_eigvalsh f32 n=64": eigenvalues(64, FLOAT),
     "window_push_ bf16": push(BFLOAT, True, None),
     "window_push_ f32, two steps": push(FLOAT, False, 2),
+    "window_gram bf16": windows(BFLOAT, True, (4, 512, 4096), 64),
+    "window_gram f32": windows(FLOAT, False, (4, 512, 4096), 64),
+    "window_gram f16, all sizes 1": windows(HALF, True, (1, 1, 1), 1),
     "covariance_update_ f32, bf16 rows": update(FLOAT, BFLOAT),
     "covariance_update_ f64": update(DOUBLE, DOUBLE),
 }

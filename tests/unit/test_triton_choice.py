@@ -100,7 +100,7 @@ def test_on_a_gpu_cuda_comes_first_then_triton_then_the_reference(monkeypatch: p
 def test_forced_triton_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(BackendError, match="backend 'triton' was asked for, but the tensors are on 'cpu'"):
         lowrank_linear(torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(4, 1), backend="triton")
-    assert dispatch.backends("window_gram")["triton"] == "no triton kernel yet"
+    assert dispatch.backends("lanczos_multiply")["triton"] == "no triton kernel yet"
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match=r"no GPU|not installed"):
             dispatch.select("lowrank_linear", CUDA, "triton")
