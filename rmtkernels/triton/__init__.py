@@ -13,11 +13,12 @@ import torch
 FORMS = {
     "lowrank_linear": "lowrank_linear_triton",
     "spectrum_eigvalsh": "spectrum_eigvalsh_triton",
+    "spectrum_descriptors_": "spectrum_descriptors_triton_",
     "window_push_": "window_push_triton_",
     "window_gram": "window_gram_triton",
     "covariance_update_": "covariance_update_triton_",
 }
-MAX_MATRIX = 64  # of spectrum_eigvalsh: a larger one does not fit the registers
+MAX_MATRIX = 64  # of the spectrum's kernels: a larger one does not fit the registers
 # Triton's own variable. With it the kernels take tensors of the CPU too, a NumPy call for each operation: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)

@@ -127,6 +127,29 @@ def _spectrum_eigvalsh_fake(matrices: Tensor) -> Tensor:
     return matrices.new_empty(matrices.shape[:-1])
 
 
+define(
+    "spectrum_descriptors_triton_(Tensor(a!) descriptors, Tensor(b!) eigenvalues, Tensor gram, Tensor seen, "
+    "Tensor laws, int dim, bool center, int joint, bool normalize, int noise) -> ()"
+)
+spectrum_descriptors_ = _implement("spectrum_descriptors_triton_", "spectrum_descriptors", "spectrum_descriptors_")
+
+
+@torch.library.register_fake("rmtkernels::spectrum_descriptors_triton_")
+def _spectrum_descriptors_fake(
+    descriptors: Tensor,
+    eigenvalues: Tensor,
+    gram: Tensor,
+    seen: Tensor,
+    laws: Tensor,
+    dim: int,
+    center: bool,
+    joint: int,
+    normalize: bool,
+    noise: int,
+) -> None:
+    _same_device(gram, descriptors, eigenvalues, seen, laws)
+
+
 define("window_push_triton_(Tensor(a!) ring, Tensor(b!) gram, Tensor(c!) seen, Tensor[] rows, Tensor? mask) -> ()")
 window_push_ = _implement("window_push_triton_", "sliding_window", "window_push_")
 

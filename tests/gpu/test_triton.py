@@ -1,5 +1,6 @@
 """The Triton kernels on a GPU: against the oracles, bit for bit with themselves, and as the decode path needs them."""
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -10,12 +11,21 @@ from torch import Tensor
 from torch.nn import functional
 
 import rmtkernels
-from rmtkernels import covariance_update_, dispatch, lowrank_linear, spectrum_eigvalsh, window_gram, window_push_
+from rmtkernels import (
+    covariance_update_,
+    dispatch,
+    lowrank_linear,
+    spectrum_descriptors,
+    spectrum_descriptors_,
+    spectrum_eigvalsh,
+    window_gram,
+    window_push_,
+)
 from rmtkernels.reference import lowrank_linear_ref
 from rmtkernels.reference.covariance import covariance_update_ref_
 from rmtkernels.reference.sliding_window import window_gram_ref, window_push_ref_
 from rmtkernels.triton import INTERPRETED
-from tests.helpers import State, empty_covariance, empty_state, normal, same_bits, same_state
+from tests.helpers import State, empty_covariance, empty_state, gram_of, normal, same_bits, same_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,6 +136,46 @@ def test_a_bad_entry_spoils_its_matrix_alone_and_bits_do_not_depend_on_the_compa
     matrices[3, 9, 2] = torch.nan
     spoilt = spectrum_eigvalsh(matrices, backend="triton")
     assert spoilt[3].isnan().all() and same_bits(spoilt[4:], values[4:]) and same_bits(spoilt[:3], values[:3])
+
+
+@pytest.mark.parametrize("dim", [3, 200, 4096])
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 17, 33, 64])
+def test_descriptors_are_those_of_the_cpu(window: int, dim: int) -> None:
+    rows = normal(3, 4, window, min(dim, 300), dtype=DOUBLE) + 2 * normal(3, 4, window, 1, seed=9, dtype=DOUBLE)
+    gram, _ = gram_of(rows * torch.tensor([1.0, 0.1, 30.0], dtype=DOUBLE)[:, None, None, None])
+    seen = torch.tensor([window, max(1, window - 2), 0, 10**6 + 1])
+    for center, joint, normalize, noise in itertools.product(
+        (True, False), (None, "none", "trace"), (None, "rms"), ("median", "trace")
+    ):
+        options = {"center": center, "joint": joint, "normalize": normalize, "noise": noise}
+        got = [x.cpu() for x in spectrum_descriptors(gram.cuda(), seen.cuda(), dim, backend="triton", **options)]
+        want = spectrum_descriptors(gram, seen, dim, **options)
+        assert ((got[1].double() - want[1]).abs() <= 1e-7 * want[1] + 1e-13 * want[1][..., :1].double()).all()
+        torch.testing.assert_close(got[0], want[0], rtol=3e-7, atol=3e-7)
+
+
+def test_descriptors_have_the_same_bits_in_any_run_and_company_do_not_wait_and_can_be_captured() -> None:
+    gram = gram_of(normal(4, 33, 64, 100))[0].cuda()
+    seen = torch.randint(0, 90, (33,), generator=torch.Generator().manual_seed(0)).cuda()
+    want = spectrum_descriptors(gram, seen, 100, backend="triton")
+    out = tuple(torch.full_like(x, torch.nan) for x in want)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [spectrum_descriptors(gram, seen, 100, backend="triton") for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(same_bits(got, right) for run in runs for got, right in zip(run, want, strict=True))
+    for layer, b in itertools.product(range(4), range(0, 33, 8)):
+        part = gram[layer : layer + 1, b : b + 1].contiguous()
+        alone = spectrum_descriptors(part, seen[b : b + 1], 100, backend="triton")
+        assert all(same_bits(a[0, 0], w[layer, b]) for a, w in zip(alone, want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        spectrum_descriptors_(*out, gram, seen, 100, backend="triton")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(same_bits, out, want))
 
 
 def assert_same(got: State, want: State) -> None:
@@ -302,7 +352,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_without_the_cuda_library_triton_is_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operator in ("spectrum_eigvalsh", "window_push_", "window_gram"):
+    for operator in ("spectrum_eigvalsh", "spectrum_descriptors_", "window_push_", "window_gram"):
         monkeypatch.setitem(dispatch._available, (operator, "cuda"), "not built")
         assert dispatch.select(operator, torch.device("cuda")) == "triton"
     matrices = normal(4, 16, 16).cuda()
@@ -310,3 +360,5 @@ def test_without_the_cuda_library_triton_is_the_automatic_choice(monkeypatch: py
     monkeypatch.setattr(dispatch, "_warned", set())
     with pytest.warns(RuntimeWarning, match="takes N up to 64"):
         spectrum_eigvalsh(normal(2, 65, 65).cuda())
+    with pytest.warns(RuntimeWarning, match="takes N up to 64"):
+        spectrum_descriptors(torch.eye(65).cuda()[None, None], torch.tensor([65]).cuda(), 100)

@@ -14,7 +14,15 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from rmtkernels.triton import covariance, lowrank_linear, sliding_window, sliding_window_gram, spectrum  # noqa: E402
+from rmtkernels.ops.law_table import law_table_size  # noqa: E402
+from rmtkernels.triton import (  # noqa: E402
+    covariance,
+    lowrank_linear,
+    sliding_window,
+    sliding_window_gram,
+    spectrum,
+    spectrum_descriptors,
+)
 from tests.triton.compile_only import TARGETS, Resources, compile_only, resources  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -39,6 +47,14 @@ def gradient(rank: int, dtype: torch.dtype) -> Launch:
 
 def eigenvalues(n: int, dtype: torch.dtype) -> Launch:
     return lambda: spectrum.spectrum_eigvalsh(torch.empty(32, n, n, dtype=dtype))
+
+
+def descriptors(window: int, joint: int, noise: int) -> Launch:
+    spectra = 1 if joint else 3
+    buffers = torch.empty(spectra, 4, 24), torch.empty(spectra, 4, window), torch.empty(3, 4, window, window)
+    laws = torch.empty(law_table_size(window), dtype=DOUBLE)
+    rest = torch.empty(4, dtype=torch.int64), laws, 4096, joint != 1, joint, joint != 1, noise
+    return lambda: spectrum_descriptors.spectrum_descriptors_(*buffers, *rest)
 
 
 def push(dtype: torch.dtype, masked: bool, steps: int | None) -> Launch:
@@ -69,6 +85,9 @@ LAUNCHES: dict[str, Launch] = {
     "lowrank_linear gradient f32 k=128": gradient(128, FLOAT),
     **{f"spectrum_eigvalsh f64 n={n}": eigenvalues(n, DOUBLE) for n in spectrum.WARPS},
     "spectrum_eigvalsh f32 n=64": eigenvalues(64, FLOAT),
+    "spectrum_descriptors_ n=64, joint": descriptors(64, 2, 0),
+    "spectrum_descriptors_ n=32": descriptors(32, 0, 0),
+    "spectrum_descriptors_ n=16, joint, as they are": descriptors(16, 1, 1),
     "window_push_ bf16": push(BFLOAT, True, None),
     "window_push_ f32, two steps": push(FLOAT, False, 2),
     "window_gram bf16": windows(BFLOAT, True, (4, 512, 4096), 64),
