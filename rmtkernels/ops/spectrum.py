@@ -132,14 +132,14 @@ def spectrum_descriptors(
         normalize: "rms" divides every row of activations by its root mean square first (on the Gram matrix, before
             centring), None leaves them as they are.
         noise: noise variance: "median", the median eigenvalue over the law's median, or "trace", the mean eigenvalue.
-        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" or "reference" instead of the automatic choice.
 
     Returns:
         descriptors (L, B, F), named by `DESCRIPTORS`, and eigenvalues (L, B, N), float32; L is 1 if joint.
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments.
-        BackendError: if `backend` is missing.
+        BackendError: if `backend` is missing, or is "triton" and N > 64.
 
     Source: EigenTrack (arXiv 2509.15735) section III-B; scales, floors and dual form are ours (docs/conventions.md).
     """

@@ -191,3 +191,20 @@ def _covariance_update_fake(
     decay: float,
 ) -> None:
     _same_device(mean, scatter, totals, batch, weights, mask)
+
+
+define(
+    "lanczos_orthonormalize_triton(Tensor rows, Tensor basis, Tensor noise, Tensor negligible, int shift)"
+    " -> (Tensor unit, Tensor triangle, Tensor products)"
+)
+lanczos_orthonormalize = _implement("lanczos_orthonormalize_triton", "lanczos", "lanczos_orthonormalize")
+
+
+@torch.library.register_fake("rmtkernels::lanczos_orthonormalize_triton")
+def _lanczos_orthonormalize_fake(
+    rows: Tensor, basis: Tensor, noise: Tensor, negligible: Tensor, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device(rows, basis, noise, negligible)
+    (count, dim), size, double = rows.shape, basis.shape[0], torch.float64
+    unit = rows.new_empty(torch.sym_min(count, dim - size), dim)
+    return unit, rows.new_empty(count, count, dtype=double), rows.new_empty(count, size, dtype=double)

@@ -178,8 +178,8 @@ def put(out, number, value):  # type: ignore[no-untyped-def]
 def spectral_descriptors(  # type: ignore[no-untyped-def]
     lambdas, n, dim, laws, law, logarithm, share, overlap, NOISE: tl.constexpr, N: tl.constexpr
 ):
-    """All descriptors, numbered as csrc/include/rmtkernels/spectrum.h has them. Without energy a window has ratios 1 and
-    0 for all else but what the eigenvalues do not know."""
+    """All descriptors, numbered as csrc/include/rmtkernels/spectrum.h has them. Where there is no energy the ratios are
+    1, and all else is 0 but what the eigenvalues do not know."""
     i = tl.arange(0, N)
     inside = i < n
     here = tl.load(lambdas + i, mask=inside, other=0.0)

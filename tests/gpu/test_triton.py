@@ -14,6 +14,7 @@ import rmtkernels
 from rmtkernels import (
     covariance_update_,
     dispatch,
+    lanczos_eigh,
     lowrank_linear,
     spectrum_descriptors,
     spectrum_descriptors_,
@@ -21,10 +22,11 @@ from rmtkernels import (
     window_gram,
     window_push_,
 )
-from rmtkernels.reference import lowrank_linear_ref
+from rmtkernels.reference import lanczos_orthonormalize_ref, lowrank_linear_ref
 from rmtkernels.reference.covariance import covariance_update_ref_
 from rmtkernels.reference.sliding_window import window_gram_ref, window_push_ref_
 from rmtkernels.triton import INTERPRETED
+from tests.gpu.test_lanczos import check_orthonormal, orthonormalize_arguments
 from tests.helpers import State, empty_covariance, empty_state, gram_of, normal, same_bits, same_state
 
 pytestmark = [
@@ -313,6 +315,46 @@ def test_covariance_update_does_not_wait() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE])
+@pytest.mark.parametrize(
+    "shape", [(1, 0, 1), (8, 0, 64), (20, 9, 4096), (8, 448, 4096), (3, 2047, 2048), (208, 5, 300)]
+)
+def test_lanczos_orthonormalize_matches_the_oracle(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    arguments = orthonormalize_arguments(*shape, dtype)
+    operator = torch.ops.rmtkernels.lanczos_orthonormalize_triton
+    got = operator(*arguments)
+    check_orthonormal(arguments, *got)
+    if shape[0] < shape[2] - shape[1]:
+        eps = torch.finfo(dtype).eps
+        for one, other in zip(got, lanczos_orthonormalize_ref(*arguments[:2]), strict=True):
+            assert (one - other).abs().max() <= 3000 * eps * max(1.0, float(other.abs().max())) if one.numel() else True
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = operator(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(same_bits, got, again))
+
+
+def test_lanczos_orthonormalize_replaces_rows_that_depend_on_others() -> None:
+    for dtype in (FLOAT, DOUBLE):
+        arguments = orthonormalize_arguments(8, 100, 3000, dtype)
+        rows, basis = arguments[:2]
+        rows[3], rows[5], rows[6] = rows[1], 0, basis[:8].sum(0)
+        unit, triangle, products = torch.ops.rmtkernels.lanczos_orthonormalize_triton(*arguments)
+        check_orthonormal(arguments, unit, triangle, products)
+        assert (triangle.diagonal()[[3, 5, 6]] <= arguments[3]).all()
+
+
+def test_a_lanczos_search_by_triton() -> None:
+    vectors = torch.linalg.qr(normal(700, 700, dtype=DOUBLE))[0]
+    exact = torch.arange(1, 701, dtype=DOUBLE) ** -0.5
+    matrix = (vectors * exact @ vectors.mT).cuda()
+    found = lanczos_eigh(((matrix + matrix.mT) / 2), 20, backend="triton")
+    assert found.complete and ((found.eigenvalues.cpu() - exact[:20]).abs() <= 1e-10).all()
+
+
 def test_runs_on_the_current_stream() -> None:
     matrices = normal(64, 32, 32).cuda()
     want, late = spectrum_eigvalsh(matrices, backend="triton"), torch.zeros_like(matrices)
@@ -352,7 +394,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_without_the_cuda_library_triton_is_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operator in ("spectrum_eigvalsh", "spectrum_descriptors_", "window_push_", "window_gram"):
+    for operator in ("spectrum_eigvalsh", "spectrum_descriptors_", "window_push_", "window_gram", "lanczos_multiply"):
         monkeypatch.setitem(dispatch._available, (operator, "cuda"), "not built")
         assert dispatch.select(operator, torch.device("cuda")) == "triton"
     matrices = normal(4, 16, 16).cuda()

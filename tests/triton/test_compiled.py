@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from rmtkernels.ops.law_table import law_table_size  # noqa: E402
 from rmtkernels.triton import (  # noqa: E402
     covariance,
+    lanczos,
     lowrank_linear,
     sliding_window,
     sliding_window_gram,
@@ -76,6 +77,11 @@ def update(state: torch.dtype, dtype: torch.dtype) -> Launch:
     return lambda: covariance.covariance_update_(mean, scatter, totals, batch, weights, None, 0.9)
 
 
+def block_step(dtype: torch.dtype, count: int, size: int, dim: int) -> Launch:
+    rows, basis, noise = (torch.empty(vectors, dim, dtype=dtype) for vectors in (count, size, count))
+    return lambda: lanczos.lanczos_orthonormalize(rows, basis, noise, torch.zeros((), dtype=DOUBLE), 1)
+
+
 LAUNCHES: dict[str, Launch] = {
     **{f"lowrank_linear bf16 k={k}": linear(k, BFLOAT) for k in lowrank_linear.TILES_HALF},
     **{f"lowrank_linear f32 k={k}": linear(k, FLOAT) for k in lowrank_linear.TILES_FLOAT32},
@@ -95,6 +101,9 @@ LAUNCHES: dict[str, Launch] = {
     "window_gram f16, all sizes 1": windows(HALF, True, (1, 1, 1), 1),
     "covariance_update_ f32, bf16 rows": update(FLOAT, BFLOAT),
     "covariance_update_ f64": update(DOUBLE, DOUBLE),
+    "lanczos_orthonormalize f32": block_step(FLOAT, 8, 256, 4096),
+    "lanczos_orthonormalize f64": block_step(DOUBLE, 8, 256, 4096),
+    "lanczos_orthonormalize f32, all sizes 1": block_step(FLOAT, 1, 1, 3),
 }
 
 
@@ -110,7 +119,13 @@ def measured(target: str, name: str) -> dict[str, Resources]:
 
 
 PROVE = os.environ.get("RMTKERNELS_PROVE") == "1"
-QUICK = ("lowrank_linear bf16 k=64", "lowrank_linear f32 k=64", "spectrum_eigvalsh f64 n=64", "window_push_ bf16")
+QUICK = (
+    "lowrank_linear bf16 k=64",
+    "lowrank_linear f32 k=64",
+    "spectrum_eigvalsh f64 n=64",
+    "window_push_ bf16",
+    "window_gram bf16",
+)
 TRIALS = [(target, name) for target in TARGETS for name in LAUNCHES if PROVE or (target == "sm_90" and name in QUICK)]
 
 

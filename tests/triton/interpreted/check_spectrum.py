@@ -1,6 +1,7 @@
 """spectrum_eigvalsh and spectrum_descriptors_ in the checked interpreter: against LAPACK and the oracle, graded and bad
 matrices, bits, and planted bugs. Matrices are small: every step of every Sturm sequence is a handful of NumPy calls."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rmtkernels import (
     BackendError,
     DtypeError,
     ShapeError,
+    dispatch,
     laws,
     spectrum_descriptors,
     spectrum_descriptors_,
@@ -235,6 +237,15 @@ def test_mistakes_are_named_before_anything_is_written() -> None:
         spectrum_descriptors(torch.zeros(1, 1, 65, 65), seen[:1], 4, backend="triton")
     assert all(x.isnan().all() for x in (*out, shared))
     assert spectrum_descriptors(gram[:0], seen, 4, backend="triton")[0].shape == (0, 2, 24)
+
+
+def test_windows_that_are_too_long_are_left_to_the_reference_which_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["rmtkernels.ops.spectrum"], "select", lambda *_: "triton")  # by itself
+    monkeypatch.setattr(dispatch, "_warned", set())
+    gram, seen = gram_of(normal(1, 1, 65, 70))
+    with pytest.warns(RuntimeWarning, match="takes N up to 64"):
+        result = spectrum_descriptors(gram, seen, 70)
+    assert_near_oracle(result, spectrum_descriptors_ref(gram, seen, 70))
 
 
 def test_descriptors_opcheck() -> None:
