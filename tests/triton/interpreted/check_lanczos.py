@@ -56,7 +56,7 @@ SHAPES = [(1, 0, 1), (1, 1, 2), (7, 33, 201), (20, 9, 131)]
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
-@pytest.mark.parametrize("shape", SHAPES if PROVE else SHAPES[1:3], ids=str)
+@pytest.mark.parametrize("shape", SHAPES if PROVE else SHAPES[2:3], ids=str)
 def test_matches_the_oracle(shape: tuple[int, int, int], dtype: type) -> None:
     case = problem(*shape, dtype)
     result = step(case)
@@ -72,7 +72,7 @@ def test_more_chunks_than_programs_and_two_groups(monkeypatch: pytest.MonkeyPatc
     check_oracle(case, result)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE] if PROVE else [SINGLE])
 @pytest.mark.parametrize("decades", [2, 6, 10, 14] if PROVE else [10])
 def test_the_condition_of_what_is_new_does_not_matter(decades: int, dtype: type) -> None:
     case, negligible = problem(8, 20, 70, dtype, 10.0**decades), 16 * rounding(dtype)
@@ -99,7 +99,7 @@ def test_little_room(shape: tuple[int, int, int], zero: bool, dtype: type) -> No
     check(case, step(case), 1e-30)
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE] if PROVE else [DOUBLE])
 def test_a_third_pass_over_the_basis_comes_only_where_it_is_needed(counts: Counts, dtype: type) -> None:
     """A basis that is not quite orthonormal needs one, and then does no harm."""
     rows, basis, noise = problem(8, 40, 128, dtype)
@@ -129,7 +129,7 @@ def test_a_search_takes_the_kernels_as_its_step(monkeypatch: pytest.MonkeyPatch)
 
 def test_opcheck_and_typed_errors() -> None:
     good = arguments(problem(2, 1, 5, SINGLE))
-    torch.library.opcheck(OPERATOR, good)
+    torch.library.opcheck(OPERATOR, good, test_utils=("test_schema", "test_faketensor"))  # the others trace it again
     rows, basis, noise, negligible, shift = good
     for error, wrong in (
         (DtypeError, (rows, basis.double(), noise, negligible, shift)),
@@ -156,12 +156,12 @@ MUTANTS = {
     "the factor is turned": (MIX, "tl.load(state + r[None, :] * ROWS + r[:, None])", "values"),
     "the last program is forgotten": ("(p < programs)[:, None]", "(p < programs - 1)[:, None]", "values"),
     "groups before are forgotten": (GROUPS, GROUPS.replace("size + first", "size"), "values"),
-    "rows of the next group": ("(r < count) & (i < size))", "(r < ROWS) & (i < size))", "race|place|bounds|values"),
+    "rows of the next group": ("(r < count) & (i < size))", "(r < ROWS) & (i < size))", "bounds"),
     "random rows are not turned": (TURNED, "column", "dependent"),
     "no row drops out": ("stays = enough |", "stays = (enough | (found == found)) |", "dependent"),
     "no sweep comes after": ("again = (left_over > SMALL * SMALL) | (safe == 0)", "again = safe < 0", "dependent"),
     "the triangle before is lost": (TRIANGLE, TRIANGLE.replace("before", "inverse"), "values"),
-    "never a third pass": ("(left_over > orthogonal * orthogonal)", "(left_over > 1e9)", "dependent|rough"),
+    "never a third pass": ("(left_over > orthogonal * orthogonal)", "(left_over > 1e9)", "dependent"),
 }
 
 
