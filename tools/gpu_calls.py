@@ -51,8 +51,9 @@ def forms(operator: str, device: str) -> Iterator[str]:
     backends = dispatch.backends(operator)
     if backends[device] == "available":
         yield operator
-    if device == "cuda" and backends.get("triton") == "available":
-        yield importlib.import_module("rmtkernels.triton").FORMS[operator]
+    forms = importlib.import_module("rmtkernels.triton").FORMS
+    if device == "cuda" and backends.get("triton") == "available" and operator in forms:
+        yield forms[operator]
 
 
 def moved(argument: Any, device: str) -> Any:
