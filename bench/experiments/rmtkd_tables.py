@@ -132,6 +132,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         for setting in ("fine-tuned", "scratch")
     },
     "sst2-three-epochs": classification,
+    "sst2-scratch-cpu": classification,
     "staged": staged,
     "resnet": curve,
     "resnet56": curve,
