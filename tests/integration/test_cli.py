@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from eigentrack import Overhead, Step, cli
+from eigentrack import Overhead, Recording, Settings, Step, cli
 from eigentrack.plot import plot_spectra
 from eigentrack.watch import Watched, _paint, _Printer, relative_entropy, watch
 from rmtkernels import DESCRIPTORS
@@ -280,6 +280,27 @@ def test_the_colour_is_the_rank_among_the_tokens_so_far() -> None:
 # The picture
 
 
+def watched(prompt: str, descriptors: torch.Tensor, eigenvalues: torch.Tensor, layers: list[int]) -> Watched:
+    steps, spectra, window = eigenvalues.shape
+    settings = Settings(
+        model="Tiny",
+        names=tuple(f"{spectrum}.{name}" for spectrum in range(spectra) for name in DESCRIPTORS),
+        taps=tuple(f"layer{layer}" for layer in layers),
+        layers=tuple(layers),
+        window=window,
+        spectra="per_layer" if spectra > 1 else "joint",
+        start="answer",
+        normalize="rms",
+        center=True,
+        noise="median",
+        layer_scale="trace",
+        end_tokens=(),
+    )
+    ids = torch.arange(steps)[None]
+    values = descriptors.flatten(1)[None], eigenvalues[None]
+    return Watched(prompt, "text", Recording(*values, ids, ids >= 0, settings, {}), Overhead(1, 0.1, 1.0))
+
+
 def test_lines_carry_the_values_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib import pyplot
 
@@ -292,7 +313,7 @@ def test_lines_carry_the_values_given(tmp_path: Path, monkeypatch: pytest.Monkey
         eigenvalues = torch.rand(steps, spectra, 4).sort(dim=-1, descending=True).values
         eigenvalues[0, :, 1:] = 0  # a window of one row
         descriptors = torch.rand(steps, spectra, len(DESCRIPTORS))
-        runs.append(Watched("costs $5", "text", descriptors, eigenvalues, [2, 5, 8], Overhead(1, 0.1, 1.0)))
+        runs.append(watched("costs $5", descriptors, eigenvalues, [2, 5, 8]))
     path = plot_spectra(runs, tmp_path / "spectra.svg")
     assert "<svg" in path.read_text(encoding="utf-8")
     [figure] = closed
