@@ -70,8 +70,17 @@ def run(arguments: argparse.Namespace, config: Config) -> Report:
     rmtkd.save(result.model, result_folder, config=config)
     loaded.tokenizer.save_pretrained(result_folder)
     found = {"history": [asdict(stage) for stage in result.history], "reason": result.reason}
-    (arguments.output / "result.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+    (arguments.output / files.RESULT).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return Report(found, f"{result.table()}\nmodel: {result_folder}")
+
+
+def report(arguments: argparse.Namespace, config: Config) -> Report:
+    """One page of what plan or run have left."""
+    from rmtkd.report import page, read
+
+    path = arguments.output or arguments.folder / "report.html"
+    path.write_text(page(*read(arguments.folder)), encoding="utf-8")
+    return Report({"report": str(path)}, f"report: {path}")
 
 
 def evaluate(arguments: argparse.Namespace, config: Config) -> Report:
