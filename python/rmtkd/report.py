@@ -21,7 +21,8 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --paper: #141518; --card: #1b1d21; --ink: #ecebe7; --muted: #aaa7a1; --line: #3a3d43; } }
 body { margin: 0 auto; padding: 0 1rem 2rem; max-width: 76rem; background: var(--paper); color: var(--ink); }
-h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; } p { color: var(--muted); overflow-wrap: anywhere; margin: .4rem 0; }
+h1 { font-size: 1.35rem; } h2 { font-size: 1.1rem; }
+p { color: var(--muted); overflow-wrap: anywhere; margin: .4rem 0; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; padding: 0 1.1rem 1rem;
   margin-top: 1.25rem; }
 div { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
