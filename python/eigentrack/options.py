@@ -50,10 +50,14 @@ def chosen_options(model: nn.Module, detector: "Detector | None", given: dict[st
     for name in ("spectra", "start", "normalize", "noise", "layer_scale"):
         _check_choice(name, options[name], CHOICES[name])
     _check_choice("tap", options["tap"], TAPS)
-    window = options["window"]
+    check_window(options["window"])
+    return options
+
+
+def check_window(window: object) -> None:
+    """Raises EigenTrackError unless it is a possible N."""
     if type(window) is not int or not 1 <= window <= MAX_WINDOW:
         raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
-    return options
 
 
 _NO_MODULES = ("modules", None)
