@@ -8,12 +8,14 @@ from torch import nn
 
 from eigentrack.errors import EigenTrackError, TapError
 from eigentrack.files import CHOICES
+from rmtkernels import DESCRIPTORS
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 if TYPE_CHECKING:
     from eigentrack.detector import Detector
 
 TAPS = ("residual", "mlp")
+FEW = ("share_1", "entropy", "participation", "above_edge")  # descriptors, where there is room for some only
 _DEFAULTS: dict[str, Any] = {
     "layers": "every:3",
     "spectra": "per_layer",
@@ -26,6 +28,17 @@ _DEFAULTS: dict[str, Any] = {
     "noise": "median",
     "layer_scale": "trace",
 }
+
+
+def descriptor_columns(names: Sequence[str]) -> dict[str, int]:
+    """Where descriptors of one spectrum stand.
+
+    Raises:
+        EigenTrackError: if one is unknown.
+    """
+    if isinstance(names, str) or not set(names) <= set(DESCRIPTORS):
+        raise EigenTrackError(f"descriptors must list some of {', '.join(DESCRIPTORS)}, got {names!r}")
+    return {name: DESCRIPTORS.index(name) for name in names}
 
 
 class _NotGiven:

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from eigentrack.errors import EigenTrackError
-from eigentrack.options import check_window
+from eigentrack.options import FEW, check_window, descriptor_columns
 from eigentrack.taps import find_blocks, hidden_state, select_layers
-from rmtkernels import DESCRIPTORS, spectrum_descriptors
-
-LOGGED = ("share_1", "entropy", "participation", "above_edge")
+from rmtkernels import spectrum_descriptors
 
 
 class SpectraCallback(TrainerCallback):
@@ -41,17 +39,15 @@ class SpectraCallback(TrainerCallback):
         trainer: Trainer,
         layers: str | Sequence[int] = "every:3",
         *,
-        descriptors: Sequence[str] = LOGGED,
+        descriptors: Sequence[str] = FEW,
         window: int = 128,
         every: int | None = None,
     ) -> None:
         check_window(window)
-        if isinstance(descriptors, str) or not set(descriptors) <= set(DESCRIPTORS):
-            raise EigenTrackError(f"descriptors must list some of {', '.join(DESCRIPTORS)}, got {descriptors!r}")
         if every is not None and (type(every) is not int or every < 1):
             raise EigenTrackError(f"every must be a whole number of at least 1, got {every!r}")
         self.trainer, self.window, self.every = trainer, window, every
-        self._columns = {name: DESCRIPTORS.index(name) for name in descriptors}
+        self._columns = descriptor_columns(descriptors)
         assert trainer.model is not None
         blocks = find_blocks(trainer.model)
         self._blocks = {f"layer{index}": blocks[index] for index in select_layers(layers, len(blocks))}

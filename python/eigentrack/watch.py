@@ -11,6 +11,7 @@ from torch import Tensor
 from eigentrack.clock import Overhead
 from eigentrack.live import Live
 from eigentrack.monitor import EigenTrack
+from eigentrack.options import FEW
 from eigentrack.recording import Recording, current_versions
 from eigentrack.step import Step
 from rmtkernels import DESCRIPTORS
@@ -18,7 +19,6 @@ from rmtkernels import DESCRIPTORS
 # 256-colour codes from calm to alarmed; the risk picks one, or without a detector the rank of a token's entropy among
 # those so far.
 _COLOURS = (27, 33, 39, 44, 48, 82, 154, 190, 220, 208, 196)
-_COLUMNS = ("share_1", "entropy", "participation", "above_edge")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Printer:
         self._line(step.index, int(step.tokens[0]), spectra.mean(0), risk)
 
     def _line(self, step: int, token: int, mean: Tensor, risk: float | None) -> None:
-        values = [float(mean[DESCRIPTORS.index(name)]) for name in _COLUMNS]
+        values = [float(mean[DESCRIPTORS.index(name)]) for name in FEW]
         fullness = relative_entropy(values[1], step, self.window, self.center)
         self.entropies.append(fullness)
         text = f"{printable(self.tokenizer.decode([token])):<16.16}"

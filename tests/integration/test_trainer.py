@@ -9,8 +9,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from eigentrack import EigenTrackError, TapError
+from eigentrack.options import FEW
 from eigentrack.taps import find_blocks
-from eigentrack.trainer import LOGGED, SpectraCallback
+from eigentrack.trainer import SpectraCallback
 from rmtkernels import DESCRIPTORS
 from tests.integration.conftest import tiny_llama
 from tests.integration.test_monitor import hooks_of
@@ -83,7 +84,7 @@ def test_spectra_are_those_of_the_step(tmp_path: Path, accumulate: int, checkpoi
     done.add_callback(SpectraCallback(done, [1, 4], window=7))
     done.train()
     [(step, values)] = logged(done).items()
-    assert step == 2 and set(values) == {f"spectra/layer{layer}.{name}" for layer in (1, 4) for name in LOGGED}
+    assert step == 2 and set(values) == {f"spectra/layer{layer}.{name}" for layer in (1, 4) for name in FEW}
     mask, states = seen.passes[accumulate]  # the second step's first batch
     count = int(mask.sum())
     for layer in (1, 4):
@@ -140,7 +141,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
             SpectraCallback(done, **given)  # type: ignore[arg-type]
     with pytest.raises(TapError):
         SpectraCallback(done, [7])
-    assert hooks_of(done.model) == 0 and len(DESCRIPTORS) > len(LOGGED)
+    assert hooks_of(done.model) == 0 and len(DESCRIPTORS) > len(FEW)
     compiled = trainer(tmp_path, tiny_llama(depth=2), torch_compile=True, torch_compile_backend="eager")
     compiled.add_callback(SpectraCallback(compiled))
     with pytest.raises(EigenTrackError, match="compiled"):
