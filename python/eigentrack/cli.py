@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,9 +171,10 @@ def _watch(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     if detector is not None:
         options["detector"] = detector
-    options["colour"] = sys.stdout.isatty() and not arguments.no_colour
+    shown = sys.stderr if arguments.json else sys.stdout
+    options["colour"] = shown.isatty() and not arguments.no_colour
     options["max_new_tokens"] = arguments.max_new_tokens
-    options["write"] = _nothing if arguments.json or arguments.quiet else print
+    options["write"] = _nothing if arguments.quiet else partial(print, file=shown)
     runs = []
     with Live() if arguments.live else nullcontext() as live:
         if live is not None:

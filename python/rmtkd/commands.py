@@ -105,7 +105,7 @@ class _Loaded:
         labels = None
         if examples[0].label is not None:
             labels = class_indices(examples, self.model.config.label2id)
-        return Texts(self.tokenizer, examples, labels, arguments.batch, arguments.longest)
+        return Texts(self.tokenizer, examples, labels, arguments.batch, arguments.longest, not arguments.quiet)
 
 
 def _load(folder: Path, examples: list[Example], arguments: argparse.Namespace, seed: int) -> _Loaded:

@@ -131,7 +131,7 @@ def test_json_is_all_there_is_on_standard_output(
     found = json.loads(out)
     assert [run["prompt"] for run in found["runs"]] == ["x", "y"] and found["report"] == str(page)
     assert re.fullmatch(r"(<\d+>){4}", found["runs"][0]["answer"]) and found["runs"][0]["overhead"]["tokens"] == 2
-    assert error == "loading tiny\n"
+    assert error.startswith("loading tiny\n") and len(re.findall(r"^ +\d+  <\d+> ", error, re.MULTILINE)) == 6
     shown = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])["runs"]  # type: ignore[index]
     assert [run["prompt"] for run in shown] == ["x", "y"] and len(shown[1]["tokens"]) == 3
 
