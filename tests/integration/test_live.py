@@ -16,7 +16,7 @@ from eigentrack import live as live_module
 from eigentrack.live import Live
 from eigentrack.report import runs_of
 from tests.integration.browser import CHROMIUM, DRIVER, browser
-from tests.integration.recordings import Vocabulary
+from tests.integration.recordings import Vocabulary, recording
 
 PROMPT = torch.tensor([[5, 9, 17, 33]])
 WORDS = Vocabulary([f" w{i}<b>" for i in range(64)])
@@ -145,6 +145,16 @@ def test_the_page_fills_while_the_model_generates(endless: Any, tmp_path: Any) -
                 assert "generating" in window.run("return document.getElementById('status').textContent")
             model.join(60)
         window.wait("document.getElementById('status').textContent.includes('finished')")
+        window.run("document.getElementById('layer').onchange({ target: { value: 1 } })")
+        window.wait("document.querySelectorAll('.strip.chosen').length === 1")
+        assert "finished" in window.run("return document.getElementById('status').textContent"), (
+            "forgotten when drawn anew"
+        )
         assert window.run("return document.querySelector('#answer').textContent").count("<b>") == 4
         assert window.run("return document.querySelectorAll('.strip').length") == 2
+        with Live() as live:
+            live._publish("run", runs_of(recording(3), threshold=1.0)[0])
+            window.open(live.url)
+            window.wait("document.getElementById('verdict').textContent.includes('has not fired so far')")
+        window.wait("document.getElementById('verdict').textContent.includes('would not have fired')")
         assert [line for line in window.complaints() if "favicon" not in line] == []

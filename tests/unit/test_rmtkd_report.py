@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -93,10 +94,11 @@ def test_the_command_reads_what_a_run_left(tmp_path: Path, capsys: pytest.Captur
     assert list(plans) == ["Stage 2", "Stage 10"] and history == STAGES and reason == "target reached"
     assert cli.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"report: {tmp_path / 'report.html'}\n"
+    shutil.rmtree(tmp_path / "stages")  # as somebody short of space does
     assert cli.main(["report", str(tmp_path), "--json", "--output", str(tmp_path / "x.html")]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(tmp_path / "x.html")}
     first, second = ((tmp_path / name).read_text() for name in ("report.html", "x.html"))
-    assert "<h2>Stage 10</h2>" in first and first.count("<img") == second.count("<img") == 2
+    assert "<h2>Stage 10</h2>" in first and (first.count("<img"), second.count("<img")) == (2, 0)
 
 
 @pytest.mark.parametrize(

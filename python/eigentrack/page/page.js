@@ -9,7 +9,8 @@ const FLOOR = 1e-6; // of the largest eigenvalue: the rounding of a float32 Gram
 const RAMP = ["#2b1055", "#472f7d", "#2c728e", "#28ae80", "#addc30", "#fdf3a0"].map(
   hex => [1, 3, 5].map(at => parseInt(hex.slice(at, at + 2), 16)));
 const runs = [];
-let run = null, layer = MEAN, measure = data.measures.indexOf("entropy"), current = -1, finished = !data.live;
+let run = null, layer = MEAN, measure = data.measures.indexOf("entropy"), current = -1;
+let going = data.live ? " · generating …" : ""; // and then how it ended
 
 // Runs
 
@@ -117,7 +118,7 @@ function drawLegend(low, high) {
 function drawVerdict(gate) {
   find("verdict").textContent = !run.risk ? "" : run.threshold === null
     ? "The detector has no threshold, so there is no gate."
-    : gate < 0 ? `The gate (risk above ${short(run.threshold)}) would not have fired.`
+    : gate < 0 ? `The gate (risk above ${short(run.threshold)}) ${going.endsWith("…") ? "has not fired so far" : "would not have fired"}.`
     : `The gate would have fired at step ${gate} (risk ${short(run.steps[gate].risk)}, threshold ${short(run.threshold)}): ` +
       "one more token had been chosen by then, and what follows it, in italics, would not have been written.";
 }
@@ -318,7 +319,7 @@ function drawCursors() {
 
 function drawHeader() {
   const count = `${run.steps.length} token${run.steps.length === 1 ? "" : "s"} watched`;
-  find("status").textContent = `${run.model}, ${count}${finished ? "" : " · generating …"}`;
+  find("status").textContent = `${run.model}, ${count}${going}`;
   find("about").textContent = `Layers ${run.layers.join(", ")} · window ${run.window} · ${run.versions}. A step belongs to the token ` +
     "that was fed; the last token of an answer is chosen but never fed, and is not on this page. " +
     (run.risk ? "A risk is the detector's probability for answers like those that it was calibrated on, not that this token is false." : "");
@@ -380,7 +381,12 @@ new ResizeObserver(([entry]) => { // our own drawing changes the height
 function watchLive() {
   find("status").textContent = "Waiting for the model …";
   const source = new EventSource("events"), hear = (name, act) => source.addEventListener(name, e => act(JSON.parse(e.data)));
-  const end = text => { finished = true; source.close(); if (run) drawHeader(); find("status").textContent += text; };
+  const end = text => {
+    source.close();
+    going = text;
+    if (run) redraw();
+    else find("status").textContent = `Nothing was generated${text}`;
+  };
   hear("run", begin);
   hear("steps", extend);
   hear("end", () => end(" · finished; the page may be kept"));
