@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 
 BIN := .venv/bin
-CPP_FILES = $(shell find csrc tests tools -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES = $(shell find bench csrc tests tools -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 # What was installed and built is remembered by a file whose name holds a hash of what it was made from.
 ENVIRONMENT_KEY := $(shell (cat requirements/*.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)

@@ -1,112 +1,170 @@
-"""`python -m bench list | verify [CASE ...] | run [CASE ...] [--json FILE] | table FILE [--targets]`."""
+"""`python -m bench ACTION`: ours against well-kept peers. docs/benchmarks.md says what each action is for."""
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import bench.cases  # noqa: F401  (registers the cases)
-import rmtkernels
-from bench.case import REGISTRY, Case
-from bench.table import markdown
-from bench.timer import Times, copy_bandwidth, gemm_peak, interleave, ratio
+from bench.experiments.results import write_json
 
 
-def main() -> int:
-    """Exit status 0 if every case was right and met its targets, else 1."""
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0 if every case was right and met its targets and nothing got slower, else 1."""
+    options = _parser().parse_args(arguments)
+    if not __debug__:
+        sys.exit("results are checked by assertions, which python -O leaves out: run without it")
+    status: int = options.action(options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("action", choices=("list", "verify", "run", "table"))
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="names, or beginnings of names (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results of a run")
-    parser.add_argument("--targets", action="store_true", help="in a table, only the peers that have a target")
-    arguments = parser.parse_args()
-    if arguments.action == "table":
-        print(markdown(json.loads(Path(arguments.cases[0]).read_text()), arguments.targets))
-        return 0
-    names = [n for n in REGISTRY if not arguments.cases or any(n.startswith(c) for c in arguments.cases)]
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    def add(name: str, action: Any, text: str, names: str = "") -> argparse.ArgumentParser:
+        found = actions.add_parser(name, help=text, description=text)
+        found.set_defaults(action=action)
+        if names:
+            found.add_argument("names", nargs="*", metavar=names, help="names, or beginnings of names (default: all)")
+        return found
+
+    add("list", _list, "the cases", "CASE")
+    add("verify", _verify, "check the results of ours and of the peers, and time nothing", "CASE")
+    run = add("run", _run, "check the results, then time ours and the peers in turn", "CASE")
+    scale = add("scale", _scale, "time and memory against each size, with the exponents of fit and theory", "OPERATOR")
+    for timed in (run, scale):
+        timed.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    table = add("table", _table, "results as a table for the README")
+    table.add_argument("file", type=Path, metavar="FILE")
+    table.add_argument("--targets", action="store_true", help="only the peers that have a target")
+    page = add("page", _page, "make the tables of docs/benchmarks.md from the committed results")
+    page.add_argument("--write", type=Path, metavar="FILE", required=True, help="the page")
+    compare = add("compare", _compare, "two runs: what moved beyond noise; exit status 1 if something got slower")
+    compare.add_argument("old", type=Path, metavar="OLD")
+    compare.add_argument("new", type=Path, metavar="NEW")
+    compare.add_argument("--margin", type=float, default=0.05, help="how much slower is a regression (default: 0.05)")
+    plot = add("plot", _plot, "results of run or scale as SVG files")
+    plot.add_argument("file", type=Path, metavar="FILE")
+    plot.add_argument("-o", "--output", type=Path, metavar="FOLDER", required=True)
+    instructions = add("instructions", _instructions, "what each CPU kernel executes, against the budget (valgrind)")
+    instructions.add_argument("--write", action="store_true", help="make the budget anew")
+    return parser
+
+
+def _names(options: argparse.Namespace, known: Any) -> list[str]:
+    names = [name for name in known if not options.names or any(name.startswith(given) for given in options.names)]
     if not names:
-        parser.error(f"no case begins with any of {arguments.cases}; there is: {', '.join(REGISTRY)}")
-    if arguments.action == "list":
-        print("\n".join(names))
-        return 0
-    results = {}
-    for name in names:
+        sys.exit(f"nothing begins with any of {options.names}; there is: {', '.join(known)}")
+    return names
+
+
+def _list(options: argparse.Namespace) -> int:
+    from bench.cases import REGISTRY
+
+    print("\n".join(_names(options, REGISTRY)))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    return _check_and_time(options, timed=False)
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _check_and_time(options, timed=True)
+
+
+def _check_and_time(options: argparse.Namespace, timed: bool) -> int:
+    """A case whose results are wrong, or that lacks its data, is named, not timed, and makes the exit status 1."""
+    from bench.cases import REGISTRY
+    from bench.measure import machine, measure
+
+    found: dict[str, Any] = {"machine": machine(), "cases": {}, "wrong": {}, "not run": {}}
+    for name in _names(options, REGISTRY):
         threads, setup = REGISTRY[name]
         torch.set_num_threads(threads)
-        prepared = setup()
-        prepared.verify()
+        try:
+            prepared = setup()
+            prepared.verify()
+        except AssertionError as error:
+            found["wrong"][name] = str(error)
+            print(f"{name}: WRONG, so not timed: {error}", flush=True)
+            continue
+        except FileNotFoundError as error:
+            found["not run"][name] = str(error)
+            print(f"{name}: not run: {error}", flush=True)
+            continue
         print(f"{name} ({threads} thread{'s' * (threads > 1)}): results right", flush=True)
-        if arguments.action == "run":
-            results[name] = measure(prepared)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "cases": results}, indent=2) + "\n")
-    return int(any(not line["met"] for result in results.values() for line in result["targets"]))
+        if timed:
+            found["cases"][name] = {"threads": threads, **measure(prepared)}
+            _write(options.json, found)
+    if timed:
+        _write(options.json, found)
+    missed = any(not line["met"] for case in found["cases"].values() for line in case["targets"])
+    return int(missed or bool(found["wrong"]) or bool(found["not run"]))
 
 
-def measure(prepared: Case) -> dict[str, Any]:
-    """Times one verified case and prints what came out."""
-    times = interleave({"ours": prepared.ours, **prepared.peers}, prepared.rounds)
-    medians = {name: float(np.median(values)) for name, values in times.items()}
-    ratios = {peer: dict(zip(("median", "low", "high"), ratio(times, peer), strict=True)) for peer in prepared.peers}
-    for name, seconds in medians.items():
-        line = f"  {name:<44} {seconds * 1e6:10.1f} us"
-        if name != "ours":
-            line += "   {median:6.2f} x ours ({low:.2f} to {high:.2f})".format(**ratios[name])
-        print(line)
-    result: dict[str, Any] = {"seconds": medians, "ratios": ratios, "extra": prepared.extra()}
-    if prepared.bytes_read:
-        arithmetic = prepared.flops / gemm_peak(prepared.flops_dtype)
-        floor = max(prepared.bytes_read / copy_bandwidth(prepared.bytes_read), arithmetic)
-        result["floor_seconds"] = floor
-        what = "floor: its bytes or operations at the peak"
-        print(f"  {what:<44} {floor * 1e6:10.1f} us   {floor / medians['ours']:.0%} reached")
-    for what, value in result["extra"].items():
-        print(f"  {what}: {value:.3g}")
-    result["targets"] = targets(prepared, times, result["extra"])
-    for line in result["targets"]:
-        print(f"  {'met ' if line['met'] else 'MISS'} {line['what']}: {line['value']:.3g}, target {line['target']}")
-    return result
+def _scale(options: argparse.Namespace) -> int:
+    from bench.measure import machine
+    from bench.scale import SWEEPS, measure
+
+    found: dict[str, Any] = {"machine": machine(), "scales": {}}
+    for name in _names(options, SWEEPS):
+        print(name, flush=True)
+        found["scales"][name] = measure(SWEEPS[name])
+        _write(options.json, found)
+    return 0
 
 
-def targets(prepared: Case, times: Times, extra: dict[str, float]) -> list[dict[str, Any]]:
-    """Each target with what was reached: ratios must be at least the target, extra figures at most."""
-    candidates = [name for name in prepared.peers if name.startswith("best of:")]
-    lines = []
-    for peer, target in prepared.targets.items():
-        chosen = min(candidates, key=lambda name: float(np.median(times[name]))) if peer == "best" else peer
-        value = ratio(times, chosen)[0]
-        lines.append({"what": f"times faster than {chosen}", "value": value, "target": target, "met": value >= target})
-    for what, limit in prepared.limits.items():
-        lines.append({"what": what, "value": extra[what], "target": limit, "met": extra[what] <= limit})
-    return lines
+def _table(options: argparse.Namespace) -> int:
+    from bench.table import markdown
+
+    print(markdown(_read(options.file), options.targets))
+    return 0
 
 
-def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
-    )
-    return {
-        "cpu": cpu,
-        "instruction set": rmtkernels.cpu_isa(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mkl": str(torch.backends.mkl.is_available()),
-        "descriptors": str(len(rmtkernels.DESCRIPTORS)),
-        "commit": commit,
-    }
+def _page(options: argparse.Namespace) -> int:
+    from bench.page import filled
+
+    options.write.write_text(filled(options.write.read_text()))
+    return 0
 
 
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+def _compare(options: argparse.Namespace) -> int:
+    from bench.compare import report
+
+    text, regressed = report(_read(options.old), _read(options.new), options.margin)
+    print(text)
+    return int(regressed)
 
 
-sys.exit(main())
+def _plot(options: argparse.Namespace) -> int:
+    from bench.plot import draw
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    for file in draw(_read(options.file), options.output):
+        print(file)
+    return 0
+
+
+def _instructions(options: argparse.Namespace) -> int:
+    from bench.instructions import main as count
+
+    return count(options.write)
+
+
+def _write(file: Path | None, found: dict[str, Any]) -> None:
+    """After each case: what is interrupted keeps what it has."""
+    if file is not None:
+        write_json(file, found)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

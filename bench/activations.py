@@ -1,6 +1,7 @@
 """Real activations for the benchmarks: hidden states of the demo's model on WikiText-2, kept beside its weights."""
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.experiments.texts import wikitext
@@ -15,11 +16,11 @@ def activations(width: int) -> Tensor:
     Raises:
         FileNotFoundError: if the data sets are not there (RMTKERNELS_DATA).
     """
-    file = cache_dir() / f"bench-activations-{TOKENS}-{LENGTH}-{EVERY}.pt"
+    file = cache_dir() / f"bench-activations-{TOKENS}-{LENGTH}-{EVERY}.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_forward(), file)
-    states: Tensor = torch.load(file)
+        save_file({"states": _forward()}, file)
+    states = load_file(file)["states"]
     if states.shape[1] < width:
         raise ValueError(f"there are {states.shape[1]} activations, not {width}")
     return states[:, :width].contiguous()

@@ -16,7 +16,9 @@ class Case:
         verify: raises AssertionError if ours or a peer computes something else than the oracle.
         targets: lowest ratio peer / ours to reach, by peer ("best" for the fastest candidate).
         bytes_read, flops: what a call cannot avoid reading and computing; copy bandwidth and the GEMM peak of
-            `flops_dtype`, measured in the same run, make a floor of the slower of the two.
+            `flops_dtype`, measured in the same rounds, make a floor of the slower of the two.
+        footprint: bytes in use, where a call reads them more than once; 0 for `bytes_read`. The copy is that large.
+        floor_share: lowest share of that floor to reach; 0 for no target.
         extra: further figures of ours, taken after the timing, and the highest value each may have.
     """
 
@@ -25,8 +27,10 @@ class Case:
     verify: Callable[[], None]
     targets: dict[str, float]
     bytes_read: int = 0
+    footprint: int = 0
     flops: int = 0
     flops_dtype: torch.dtype = torch.float64
+    floor_share: float = 0
     extra: Callable[[], dict[str, float]] = dict
     limits: dict[str, float] = field(default_factory=dict)
     rounds: int = 60

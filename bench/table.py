@@ -19,18 +19,19 @@ def markdown(results: dict[str, Any], targets_only: bool = False) -> str:
     ]
     for name, result in results["cases"].items():
         ours = result["seconds"]["ours"]
-        floor = f"{_time(result['floor_seconds'])}" if "floor_seconds" in result else ""
+        floor = f"{time_of(result['floor_seconds'])}" if "floor_seconds" in result else ""
         goals = {line["what"].removeprefix("times faster than "): line for line in result["targets"]}
         for peer, ratio in result["ratios"].items():
             goal = goals.pop(peer, None)
             if targets_only and goal is None:
                 continue
             target = f"≥ {goal['target']} {_met(goal)}" if goal else ""
-            against = f"{peer.removeprefix('best of: ')} ({_time(result['seconds'][peer])})"
+            against = f"{peer.removeprefix('best of: ')} ({time_of(result['seconds'][peer])})"
             interval = f"{ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})"
-            lines.append(f"| `{name}` | {_time(ours)} | {against} | {interval} | {target} | {floor} |")
+            lines.append(f"| `{name}` | {time_of(ours)} | {against} | {interval} | {target} | {floor} |")
         for what, goal in goals.items():
-            lines.append(f"| `{name}` | {goal['value']:.2%} | {what} | | ≤ {goal['target']:.0%} {_met(goal)} | |")
+            sign = "≥" if goal.get("at_least") else "≤"
+            lines.append(f"| `{name}` | {goal['value']:.2%} | {what} | | {sign} {goal['target']:.0%} {_met(goal)} | |")
     return "\n".join(lines)
 
 
@@ -38,7 +39,7 @@ def _met(goal: dict[str, Any]) -> str:
     return "met" if goal["met"] else "**missed**"
 
 
-def _time(seconds: float) -> str:
+def time_of(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"

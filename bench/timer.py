@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 Times = dict[str, np.ndarray]
+LARGEST_COPY = 1 << 28
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], rounds: int, block_ms: float = 2.0) -> Times:
@@ -37,17 +38,25 @@ def ratio(times: Times, peer: str, ours: str = "ours") -> tuple[float, float, fl
     return float(middle), float(low), float(high)
 
 
-def copy_bandwidth(footprint: int) -> float:
-    """Bytes per second, read and written together, of a copy between two buffers of `footprint` / 2 bytes."""
-    source = torch.zeros(max(footprint // 8, 1), dtype=torch.float32)
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % confidence limits of the median, by order statistics; of fewer than six values all of their range."""
+    ordered = np.sort(values)
+    outside = max(0, int(len(values) / 2 - 0.98 * len(values) ** 0.5))
+    return float(ordered[outside]), float(ordered[-1 - outside])
+
+
+def copy_of(footprint: int) -> tuple[Callable[[], object], int]:
+    """A copy between two buffers of `footprint` / 2 bytes, and the bytes that it reads and writes.
+
+    Beyond what any cache holds the speed no longer changes: larger footprints are cut to LARGEST_COPY.
+    """
+    source = torch.ones(max(min(footprint, LARGEST_COPY) // 8, 1), dtype=torch.float32)
     target = torch.empty_like(source)
-    seconds = float(np.median(interleave({"copy": lambda: target.copy_(source)}, rounds=20)["copy"]))
-    return 2 * source.numel() * 4 / seconds
+    return lambda: target.copy_(source), 2 * source.numel() * 4
 
 
-def gemm_peak(dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product that fits the cache, with the threads in force."""
+def gemm_of(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A matrix product that fits the cache, with the threads in force, and its operations."""
     size = 384
     matrix = torch.ones(size, size, dtype=dtype)
-    seconds = float(np.median(interleave({"gemm": lambda: matrix @ matrix}, rounds=20)["gemm"]))
-    return 2 * size**3 / seconds
+    return lambda: matrix @ matrix, 2 * size**3

@@ -1,5 +1,31 @@
-"""One file per slice, and one for the monitor end to end; importing this package registers them all."""
+"""One file per slice, and for the systems end to end; importing this package registers them all."""
 
-from bench.cases import covariance, detector, eigentrack, lanczos, lowrank_linear, rmtkd, sliding_window, spectrum
+from bench.case import REGISTRY
+from bench.cases import (
+    covariance,
+    detector,
+    eigentrack,
+    lanczos,
+    lowrank_linear,
+    methods,
+    rmtkd,
+    sliding_window,
+    sliding_window_models,
+    spectrum,
+    state,
+)
 
-__all__ = ["covariance", "detector", "eigentrack", "lanczos", "lowrank_linear", "rmtkd", "sliding_window", "spectrum"]
+__all__ = [
+    "REGISTRY",
+    "covariance",
+    "detector",
+    "eigentrack",
+    "lanczos",
+    "lowrank_linear",
+    "methods",
+    "rmtkd",
+    "sliding_window",
+    "sliding_window_models",
+    "spectrum",
+    "state",
+]

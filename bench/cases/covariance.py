@@ -1,8 +1,9 @@
-"""covariance: the covariance matrix of a batch of float32 activations, read as a full symmetric matrix."""
+"""covariance: the covariance matrix of a batch of float32 activations, and the principal components of a stream."""
 
 from collections.abc import Callable
 
 import torch
+from sklearn.decomposition import IncrementalPCA
 from torch import Tensor
 
 import rmtkernels
@@ -62,5 +63,52 @@ def one_batch() -> Case:
         bytes_read=rows.numel() * 4,
         flops=ROWS * WIDTH * (WIDTH + 1),
         flops_dtype=torch.float32,
+        floor_share=0.85,
         rounds=20,
+    )
+
+
+@case("covariance.components_64_of_a_stream", threads=1)
+def stream() -> Case:
+    """64 principal components of eight batches, none of which is kept. Ours are those of the whole covariance matrix;
+    IncrementalPCA keeps 64 directions between batches and forgets the rest, and its error is reported."""
+    count, width, components = 512, 512, 64
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.cat([torch.logspace(1, 0.5, components), torch.ones(width - components)])
+    batches = [torch.randn(count, width, generator=generator) * scales for _ in range(8)]
+    state = rmtkernels.StreamingCovariance(width)
+
+    def ours() -> rmtkernels.LanczosResult:
+        state.reset()
+        for batch in batches:
+            state.update(batch)
+        return rmtkernels.lanczos_eigh(state.covariance(), components)
+
+    def incremental() -> IncrementalPCA:
+        found = IncrementalPCA(components)
+        for batch in batches:
+            found.partial_fit(batch.numpy())
+        return found
+
+    rows = torch.cat(batches).double()
+    want = torch.linalg.eigvalsh(torch.cov(rows.T, correction=0)).flip(0)[:components]
+    error: dict[str, float] = {}
+
+    def verify() -> None:
+        difference = (ours().eigenvalues - want).abs().max() / want[0]
+        assert difference <= 1e-5, f"ours: wrong by {difference:.1e}"
+        theirs = torch.from_numpy(incremental().explained_variance_) * (len(rows) - 1) / len(rows)
+        error["relative error of IncrementalPCA"] = float((theirs / want - 1).abs().max())
+        assert error["relative error of IncrementalPCA"] <= 0.5, "IncrementalPCA: something else"
+
+    return Case(
+        ours=ours,
+        peers={"IncrementalPCA": incremental},
+        verify=verify,
+        targets={},
+        extra=lambda: error,
+        bytes_read=rows.numel() * 4,
+        flops=len(rows) * width * (width + 1),
+        flops_dtype=torch.float32,
+        rounds=5,
     )

@@ -59,6 +59,7 @@ def step(cell: str) -> Case:
         peers={"the modules, unfused": plain},
         verify=verify,
         targets={"the modules, unfused": 1.0},
+        bytes_read=4 * sum(parameter.numel() for parameter in network.parameters()),
         extra=share_of_target,
         limits={"in the monitor, share of 50 µs": 1.0, "detector.step, share of 50 µs": 1.0},
     )

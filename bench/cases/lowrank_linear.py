@@ -1,7 +1,8 @@
 """lowrank_linear: one token, and 256, through the factors of a square layer and of a wide one.
 
 The parameters require no gradient, as in a model that only generates. Activations are float32. With bfloat16 weights
-the peers are what PyTorch can do instead: everything in float32, or everything in bfloat16.
+the peers are what PyTorch can do instead: everything in float32, or everything in bfloat16. Compiled is fair for one
+row: a model that generates can be, though there the guards are those of the whole model.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,11 @@ from rmtkernels import lowrank_linear
 from rmtkernels.reference import lowrank_linear_ref
 
 SQUARE, WIDE = (384, 64, 384), (768, 128, 3072)  # d_in, k, d_out
-FLOAT, HALF = "two F.linear", "two F.linear in bfloat16"
+FLOAT, HALF, COMPILED = "two F.linear", "two F.linear in bfloat16", "two F.linear, compiled"
+
+
+def two_products(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    return functional.linear(functional.linear(x, down), up, bias)
 
 
 def layer(
@@ -29,9 +34,12 @@ def layer(
     ours = full if weights == torch.float32 else (x, *half[1:])
     _, ours_down, ours_up, ours_bias = ours
     peers: dict[str, Callable[[], Tensor]] = {
-        FLOAT: lambda: functional.linear(functional.linear(x, down), up, bias),
+        FLOAT: lambda: two_products(*full),
         "mm and addmm": lambda: torch.addmm(bias, torch.mm(x, down.T), up.T),
     }
+    if rows == 1:
+        compiled = torch.compile(two_products, fullgraph=True)
+        peers[COMPILED] = lambda: compiled(*full)
     if weights == torch.bfloat16:
         peers[HALF] = lambda: functional.linear(functional.linear(half[0], half[1]), half[2], half[3])
 

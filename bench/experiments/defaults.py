@@ -6,7 +6,6 @@ and what it is all for: the area under the ROC curve of the label-free reference
 """
 
 import argparse
-import json
 import platform
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from bench.experiments import texts
 from bench.experiments.reference_ood import BATCH, SETTINGS, auroc, draw
+from bench.experiments.results import write_json
 from eigentrack import EigenTrack, Recording, Reference
 from eigentrack.loading import demo_model, load_causal_lm
 from rmtkernels import DESCRIPTORS
@@ -60,7 +60,7 @@ def main() -> None:
         "torch": str(torch.__version__),
         "settings": {choice: {name: result[choice] for name, result in results.items()} for choice in CHOICES},
     }
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, report)
     print(table(report))
 
 

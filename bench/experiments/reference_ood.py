@@ -7,7 +7,6 @@ mean input embeddings and mean hidden states.
 """
 
 import argparse
-import json
 import platform
 import random
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from bench.experiments import texts
+from bench.experiments.results import write_json
 from eigentrack import EigenTrack, Recording, Reference
 from eigentrack.loading import demo_model, load_causal_lm
 from eigentrack.reference import CLIP, FLOOR
@@ -95,7 +95,7 @@ def main() -> None:
         "auroc": "value, and the interval of 90 % of a bootstrap over texts",
         "settings": results,
     }
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, report)
     print(table(report))
 
 

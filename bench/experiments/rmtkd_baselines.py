@@ -83,15 +83,17 @@ def cholesky(gram: Tensor) -> Tensor:
 def factors(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(down (rank, d_in), up (d_out, rank)) float64 whose product is the best weight of this rank.
 
-    Best in the Frobenius norm, or with `gram` (d_in, d_in) in that of the outputs. Each half carries √Σ.
+    Best in the Frobenius norm, or with `gram` (d_in, d_in) in that of the outputs. Each half carries √Σ of the product:
+    distillation, whose steps are of one size for all numbers, would break halves of different sizes, as those that the
+    SVD of W S leaves are.
     """
     weight = weight.double()
-    if gram is None:
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    else:
+    if gram is not None:
         root = cholesky(gram)
         left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
-        right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        right = torch.linalg.solve_triangular(root, right[:rank], upper=False, left=False)
+        weight = (left[:, :rank] * values[:rank]) @ right
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
     split = values[:rank].sqrt()
     return split[:, None] * right[:rank], left[:, :rank] * split
 

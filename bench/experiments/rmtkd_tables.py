@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from bench.experiments import texts
+from bench.experiments.results import write_whole
 from bench.experiments.rmtkd_statistics import over_seeds, paired
-from bench.experiments.rmtkd_units import write_whole
 from bench.table import markdown
 
 RESULTS = texts.ROOT / "bench" / "results"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bench.experiments import data_text, rmtkd_baselines, rmtkd_slicing, texts
@@ -62,12 +63,12 @@ class Experiment:
 
     def teacher_logits(self) -> torch.Tensor:
         """On the training rows; computed once, in eval mode they never change."""
-        file = self.folder / "teacher-logits.pt"
+        file = self.folder / "teacher-logits.safetensors"
         if not file.is_file():
-            torch.save(data_text.logits(self.dense().to(self.device), self.task.train), file.with_suffix(".partial"))
+            logits = data_text.logits(self.dense().to(self.device), self.task.train)
+            save_file({"logits": logits.cpu()}, file.with_suffix(".partial"))
             file.with_suffix(".partial").rename(file)
-        found: torch.Tensor = torch.load(file)
-        return found
+        return load_file(file)["logits"]
 
     def narrowed(self, neurons: str = "leverage") -> Any:
         """RMT-KD's student before distillation, and with it the shape of all others."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.experiments.results import write_json
 from eigentrack.loading import cache_dir
 
 SETTINGS = (
@@ -67,7 +68,7 @@ class Units:
         with locked(self.file.parent):
             self.read()
             self.units.append({"key": key, "figures": figures})
-            write_whole(self.file, json.dumps(self.report, indent=1) + "\n")
+            write_json(self.file, self.report)
         brief = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
         print(time.strftime("%H:%M:%S"), *key.values(), brief, flush=True)
         return figures
@@ -83,16 +84,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Written aside and renamed: the file is never half there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    Path(aside).chmod(0o644)
-    Path(aside).replace(file)
 
 
 def work_folder() -> Path:

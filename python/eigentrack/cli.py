@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = arguments.command(arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("stopped", 130)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rmtkernels[{_extra(arguments)}]'")
     except (EigenTrackError, OSError) as error:

@@ -1,13 +1,15 @@
 """Calibration: second moments of a model's activations, from forward passes that leave the model as it was."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from rmtkd import processes
 from rmtkd.errors import CalibrationError, ModelError
 from rmtkd.groups import Group, Tap
 from rmtkd.progress import PATIENCE
@@ -15,6 +17,8 @@ from rmtkernels import StreamingCovariance
 from rmtkernels.errors import RmtkernelsError
 
 Batch: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor  # Mapping has kin (BatchEncoding) that are no dict
+
+T = TypeVar("T")
 
 
 def calibrate(
@@ -27,7 +31,7 @@ def calibrate(
     of an activation's leading shape, what it masks out does not count.
 
     Groups have different numbers of rows in a batch (several taps, image sizes). Each takes the same share of its rows,
-    drawn at random from a fixed seed, of as many batches as the slowest group needs, so that none is calibrated on the
+    drawn at random from fixed seeds, of as many batches as the slowest group needs, so that none is calibrated on the
     first few texts alone. For that the first batch runs twice.
 
     Args:
@@ -61,10 +65,14 @@ def calibrate(
                 hooks.enter_context(_hook(model, tap, recorders[group.name], counting))
         run(model, first, counting)
         _share_out(recorders.values(), rows)
-        for batch in _with_bar(chain([first], iterator), recorders.values(), rows, progress):
+        mine = processes.every(enumerate(chain([first], iterator)))
+        wanted = math.ceil(rows / processes.count())
+        for number, batch in _with_bar(mine, recorders.values(), wanted, progress and processes.first()):
+            for recorder in recorders.values():
+                recorder.draw_for(number)
             run(model, batch, counting)
             for recorder in recorders.values():
-                recorder.full = recorder.state is not None and recorder.state.rows >= rows
+                recorder.full = recorder.rows >= wanted
             if all(recorder.full for recorder in recorders.values()):
                 break
     return {name: recorder.result() for name, recorder in recorders.items()}
@@ -132,7 +140,11 @@ class _Recorder:
         self.share = 0.0  # 0 while counting
         self.full = False
         self.state: StreamingCovariance | None = None
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator()
+
+    def draw_for(self, number: int) -> None:
+        """The rows drawn of a batch depend on its number alone, so they are the same whoever gets the batch."""
+        self._generator.manual_seed(number)
 
     def take(self, tap: Tap, rows: Tensor, mask: Tensor | None) -> None:
         if self.full:
@@ -140,6 +152,8 @@ class _Recorder:
         valid = len(rows) if mask is None else int(mask.sum())
         if self.share == 0:
             self.per_batch += valid
+            if self.state is None:
+                self.state = StreamingCovariance(rows.shape[1], dtype=torch.float64, device=rows.device)
             return
         if self.share < 1 and valid:
             kept = torch.arange(len(rows)) if mask is None else mask.cpu().nonzero().flatten()
@@ -148,7 +162,7 @@ class _Recorder:
         if self.group.scaled:
             rows = rows.double()
             rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-        if self.state is None:
+        if self.state is None:  # a tap that did not run in the first batch
             self.state = StreamingCovariance(rows.shape[1], dtype=torch.float64, device=rows.device)
         if rows.shape[1] != len(self.state.mean):
             raise CalibrationError(
@@ -159,8 +173,15 @@ class _Recorder:
         if self.state.rejected:
             raise CalibrationError(f"activations at {tap.module} are not finite; is the model in half precision?")
 
+    @property
+    def rows(self) -> int:
+        return 0 if self.state is None else self.state.rows
+
     def result(self) -> StreamingCovariance:
-        if self.state is None:  # every batch after the first look was masked out
+        """Of all processes."""
+        if self.state is not None and processes.count() > 1:
+            self.state.all_reduce()
+        if self.state is None or not self.state.rows:  # every batch after the first look was masked out
             raise CalibrationError(f"no activations reached {self.group.name}")
         return self.state
 
@@ -220,12 +241,12 @@ def _rows(module: nn.Module, tap: Tap, found: Any, mask: Tensor | None) -> tuple
     return rows, mask.reshape(-1) != 0
 
 
-def _with_bar(batches: Iterable[Batch], recorders: Iterable[_Recorder], rows: int, progress: bool) -> Iterator[Batch]:
+def _with_bar(batches: Iterable[T], recorders: Iterable[_Recorder], rows: int, progress: bool) -> Iterator[T]:
     """The batches, and a bar of the rows that the slowest group has so far."""
     from tqdm.auto import tqdm
 
     with tqdm(total=rows, desc="calibrating", unit="row", delay=PATIENCE, disable=not progress) as bar:
         for batch in batches:
             yield batch
-            least = min(0 if recorder.state is None else recorder.state.rows for recorder in recorders)
+            least = min(recorder.rows for recorder in recorders)
             bar.update(min(least, rows) - bar.n)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rmtkd import files
+from rmtkd import files, processes
 from rmtkd.config import Config
 from rmtkd.errors import FileFormatError, ResumeError
 from rmtkd.planning import Plan
@@ -99,11 +99,11 @@ class Checkpoints:
     def __init__(self, folder: str | Path, model: nn.Module, config: Config) -> None:
         self.folder, self.model, self.config = Path(folder), model, config
         mine = {"format": _KIND, "version": VERSION, "model": digest(model), "config": json.loads(config.to_json())}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / _RUN).exists():
-            _refuse_another(self.folder, _read(self.folder / _RUN), mine)
-        else:
+        if processes.first() and not (self.folder / _RUN).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / _RUN, mine)
+        processes.wait()
+        _refuse_another(self.folder, _read(self.folder / _RUN), mine)
 
     def last(self) -> State | None:
         """The state after the last whole stage.
@@ -116,12 +116,19 @@ class Checkpoints:
             for path in self.folder.glob("stage-*")
             if path.name.removeprefix("stage-").isdecimal()
         ]
+        processes.wait()  # nobody writes a stage before all have looked
         return self._state(self.folder / f"stage-{max(numbers)}") if numbers else None
 
     def write(self, state: State) -> State:
-        """Writes the state, and returns it as it is read back."""
-        number = state.history[-1].number
-        whole, aside = self.folder / f"stage-{number}", self.folder / f".stage-{number}.partial"
+        """Process 0 writes the state; all get it as it is read back."""
+        whole = self.folder / f"stage-{state.history[-1].number}"
+        if processes.first():
+            self._write(state, whole)
+        processes.wait()
+        return self._state(whole)
+
+    def _write(self, state: State, whole: Path) -> None:
+        aside = self.folder / f".{whole.name}.partial"
         for left in self.folder.glob(".*stage-*"):  # by a process that was killed
             shutil.rmtree(left)
         files.save(state.model, aside, plan=state.plan, config=self.config)
@@ -132,7 +139,6 @@ class Checkpoints:
         _write(aside / _STAGE, {"history": history, "reason": state.reason, "frozen": frozen})
         aside.rename(whole)
         _sync(self.folder)
-        return self._state(whole)
 
     def _state(self, folder: Path) -> State:
         found = _read(folder / _STAGE)

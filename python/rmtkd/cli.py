@@ -26,7 +26,7 @@ SETTINGS = {
     "keep_slower": "factor mode: also replace layers that are measured to be slower then",
     "stages": "of projection and distillation, at most (default 3)",
     "target_parameters": "stop at this share of the parameters",
-    "max_drop": "undo a stage after which the score has fallen by more (default 0.02)",
+    "max_drop": "undo a stage after which the score (accuracy, or nats per token) has fallen by more (default 0.02)",
     "baseline": "train the model first, until its score is 0.9 times this: for a head that is new",
     "epochs": "of distillation per stage (default 5)",
     "alpha": "weight of the labels against the answers of the model before the stage (default 0.7)",
@@ -52,11 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
     try:
-        from rmtkd import commands  # not before: --help must not wait for transformers
+        from rmtkd import commands, processes  # not before: --help must not wait for transformers
 
         report = getattr(commands, arguments.command)(arguments, config)
+        if not processes.first():
+            return 0
     except KeyboardInterrupt:
-        return _fail("interrupted" + ("; the same command goes on" if arguments.command == "run" else ""), 130)
+        return _fail("stopped; a run that is called again with the same arguments goes on", 130)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rmtkernels[rmtkd]'")
     except (RmtkdError, OSError) as error:

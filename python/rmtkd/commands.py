@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import rmtkd
-from rmtkd import files
+from rmtkd import files, processes
 from rmtkd.calibration import run as forward
 from rmtkd.config import Config
 from rmtkd.errors import ModelError
@@ -67,9 +67,11 @@ def run(arguments: argparse.Namespace, config: Config) -> Report:
         folder=arguments.output / "stages",
         progress=not arguments.quiet,
     )
+    found = {"history": [asdict(stage) for stage in result.history], "reason": result.reason}
+    if not processes.first():
+        return Report(found, "")
     rmtkd.save(result.model, result_folder, config=config)
     loaded.tokenizer.save_pretrained(result_folder)
-    found = {"history": [asdict(stage) for stage in result.history], "reason": result.reason}
     (arguments.output / files.RESULT).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return Report(found, f"{result.table()}\nmodel: {result_folder}")
 

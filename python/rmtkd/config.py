@@ -36,7 +36,8 @@ class Config:
 
         stages: most stages of projection and distillation.
         target_parameters: stop when the model has at most this share of its first parameters; 0 for no target.
-        max_drop: stop when `evaluate` falls by more than this below the warmed-up model; that stage is undone.
+        max_drop: stop when `evaluate` falls by more than this below the warmed-up model; that stage is undone. In the
+            units of the score: shares of right answers, or a language model's nats per token, where 0.02 is little.
         baseline, warm_up: train until `evaluate` reaches `warm_up` times `baseline`, or for `warm_up_epochs`.
             A baseline of 0 means that the model is trained already.
         warm_up_epochs: most epochs of warming up.
@@ -87,11 +88,11 @@ class Config:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("quantile", "warm_up"):
             _check_range(name, getattr(self, name), 0, 1, open_low=True, open_high=name == "quantile")
-        for name in ("min_ratio", "alpha", "max_drop", "target_parameters"):
+        for name in ("min_ratio", "alpha", "target_parameters"):
             _check_range(name, getattr(self, name), 0, 1)
         for name in ("multiple", "calibration_rows", "stages"):
             _check_range(name, getattr(self, name), 1, float("inf"))
-        for name in ("epochs", "warm_up_epochs", "weight_decay", "baseline", "final_learning_rate"):
+        for name in ("epochs", "warm_up_epochs", "weight_decay", "baseline", "final_learning_rate", "max_drop"):
             _check_range(name, getattr(self, name), 0, float("inf"), open_high=True)
         for name in ("temperature", "learning_rate"):
             _check_range(name, getattr(self, name), 0, float("inf"), open_low=True, open_high=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rmtkd import factor
+from rmtkd import factor, processes
 from rmtkd.calibration import Batch, as_it_was, calibrate, run
 from rmtkd.config import Config
 from rmtkd.errors import CalibrationError, ModelError
@@ -95,8 +95,9 @@ def _width_plan(model: nn.Module, batch: Batch, config: Config, findings: Sequen
     narrowed = width.narrow(model, widths, covariances, config)
     with as_it_was(model), as_it_was(narrowed):
         times = milliseconds({"before": lambda: run(model, batch), "after": lambda: run(narrowed, batch)})
+        before, after = processes.agreed(times.values())
     sizes = parameters(model), parameters(narrowed)
-    return Plan(config, layers, widths, reasons, {}, sizes, (times["before"], times["after"]), covariances)
+    return Plan(config, layers, widths, reasons, {}, sizes, (before, after), covariances)
 
 
 def _common_widths(findings: Sequence[_Finding], config: Config) -> tuple[dict[str, int], dict[str, str]]:
@@ -158,8 +159,9 @@ def _compare(model: nn.Module, finding: _Finding, config: Config, given: Tensor)
     projected = factor.layer(model, tap.module, basis, side)
     with as_it_was(dense), as_it_was(projected):
         times = milliseconds({"dense": lambda: dense(given), "projected": lambda: projected(given)})
-    slower = times["projected"] > _SLOWER * times["dense"] and not config.keep_slower
-    return _Comparison(*sizes, times["dense"], times["projected"], "measured to be slower projected" if slower else "")
+        slow, fast = processes.agreed(times.values())
+    slower = fast > _SLOWER * slow and not config.keep_slower
+    return _Comparison(*sizes, slow, fast, "measured to be slower projected" if slower else "")
 
 
 def _inputs(model: nn.Module, batch: Batch, groups: Sequence[Group]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from rmtkd import calibration as calibrating
-from rmtkd import factor, width
+from rmtkd import factor, processes, width
 from rmtkd.checkpoints import Checkpoints, Stage, State
 from rmtkd.compression import compress
 from rmtkd.config import Config
@@ -97,6 +97,11 @@ def run(
     generators, but not on how often it was read before. In factor mode `keep_slower` makes it hold, for otherwise
     the layers that stay dense are chosen by a measurement of time.
 
+    Under torchrun every process calls this with the same arguments, and all end with the same model: of a batch to
+    train on each takes an equal part, of the batches to calibrate on every n-th. All must see the folder. Without
+    dropout and BatchNorm, and with all batches calibrated on (`calibration_rows`), the result is that of one process
+    but for rounding.
+
     Args:
         model: a model with a head. It stays as it is.
         calibration: batches as for `rmtkd.plan`, readable several times.
@@ -117,6 +122,7 @@ def run(
         raise CalibrationError(
             "calibration must be readable several times, as a list or a DataLoader is; got an iterator"
         )
+    progress = progress and processes.first()
     stages = _stages(model, calibration, config)
     checkpoints = None if folder is None else Checkpoints(folder, model, config)
     state = None if checkpoints is None else checkpoints.last()

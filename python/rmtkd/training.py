@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from rmtkd import processes
 from rmtkd.calibration import as_it_was, move_to
 from rmtkd.config import Config
 from rmtkd.errors import ModelError, TrainingError
-from rmtkd.loss import distillation_loss
+from rmtkd.loss import IGNORED, distillation_loss
 
 BATCH = 32  # examples, where a data set is given and not a loader: the paper's for text
 LABELS = "labels"
@@ -77,7 +78,7 @@ def fit(
             seeded(config.seed, batches),
             _in_eval(teacher),
             _student(student),
-            tqdm(total=epochs * len(batches), desc=label, disable=not progress) as bar,
+            tqdm(total=epochs * len(batches), desc=label, disable=not (progress and processes.first())) as bar,
         ):
             arguments = _arguments(config, epochs, folder, cpu=where <= {torch.device("cpu")})
             calls = _Calls(bar, evaluate, enough, after_step)
@@ -121,7 +122,7 @@ def scored(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
         raise TrainingError(f"evaluate must return a number, got {type(found).__name__}") from error
     if not math.isfinite(score):
         raise TrainingError(f"evaluate must return a finite number, got {score}")
-    return score
+    return processes.agreed([score])[0]
 
 
 @contextmanager
@@ -208,6 +209,7 @@ class _Trainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, *ignored: Any, **also_ignored: Any) -> Tensor:
         if not isinstance(inputs, Mapping) or not isinstance(inputs.get(LABELS), Tensor):
             raise TrainingError(f'batches must be mappings with a tensor "{LABELS}", got {_described(inputs)}')
+        inputs = processes.part(inputs, LABELS, IGNORED)
         taught = None
         if self.teacher is not None and self.config.alpha < 1:
             device = next(self.teacher.parameters()).device
@@ -226,7 +228,8 @@ class _Trainer(Trainer):
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower learning_rate, "
                 "or look for inputs that are not finite"
             )
-        return loss
+        labels = inputs[LABELS][..., 1:] if self.shift else inputs[LABELS]
+        return loss * processes.share(int((labels != IGNORED).sum()))
 
 
 class _Calls(TrainerCallback):
@@ -254,7 +257,7 @@ class _Calls(TrainerCallback):
 
 
 def _arguments(config: Config, epochs: int, folder: str, *, cpu: bool) -> TrainingArguments:
-    """One process, one device, no files, no reports, no prints."""
+    """One device per process, no files, no reports, no prints."""
     arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=epochs,

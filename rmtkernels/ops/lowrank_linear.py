@@ -42,7 +42,8 @@ def lowrank_linear(
 
     The compiled kernel runs where no derivative is wanted (grad mode is off, or nothing requires a gradient) and the
     batch is small, as in decoding. Everywhere else this *is* two `linear`: with their gradients of any order, with
-    their rules under autocast, at large batches, and on devices without a kernel.
+    their rules under autocast, at large batches, on devices without a kernel, and in what `torch.export` writes, which
+    runs where this package is not installed.
 
     Args:
         x: (..., d_in) float32 or bfloat16, any strides.
@@ -82,6 +83,7 @@ def lowrank_linear(
         if compute is _OP and (
             (torch.is_grad_enabled() and _requires_grad(x, down, up, bias))
             or forward_ad._current_level >= 0
+            or (torch.compiler.is_exporting() and choice(backend) is None)
             or (
                 (x.numel() > MAX_ELEMENTS or x.dtype is not torch.float32)
                 and not any_size

@@ -156,7 +156,7 @@ def test_ctrl_c_is_one_line(
 
     monkeypatch.setattr(loading, "load_causal_lm", interrupted)
     assert cli.main([*tiny, "--live", "--quiet"]) == 130
-    assert capsys.readouterr().err.splitlines()[1:] == ["eigentrack: interrupted"]
+    assert capsys.readouterr().err.splitlines()[1:] == ["eigentrack: stopped"]
 
 
 # What is not installed

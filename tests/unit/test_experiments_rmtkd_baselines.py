@@ -99,6 +99,14 @@ def test_white_inputs_make_both_the_same(generator: torch.Generator) -> None:
     torch.testing.assert_close(whitened[1] @ whitened[0], plain[1] @ plain[0])
 
 
+@pytest.mark.parametrize("whitened", [False, True])
+def test_both_halves_are_of_one_size(whitened: bool, generator: torch.Generator) -> None:
+    rows = 100 * correlated(generator)
+    weight = torch.randn(D_OUT, D_IN, generator=generator, dtype=torch.float64)
+    down, up = baselines.factors(weight, RANK, rows.T @ rows if whitened else None)
+    torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0))
+
+
 def test_a_moment_of_low_rank_is_shifted_and_the_weight_stays_finite(generator: torch.Generator) -> None:
     weight = torch.randn(D_OUT, D_IN, generator=generator, dtype=torch.float64)
     rows = correlated(generator)[:RANK]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -147,6 +149,27 @@ def test_a_new_head_is_trained_first(
     assert cli.main([*arguments, *trained]) == 0
     history = json.loads((tmp_path / "out" / "result.json").read_text())["history"]
     assert history[0]["score"] > 0.7  # half of the texts are good
+
+
+@pytest.mark.parametrize("mode", ["width", "factor"])
+def test_run_on_a_language_model(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    data = ["--data", folders["plain"], "--dev", folders["plain"]]
+    settings = [*RUN, "--mode", mode, *(["--keep-slower", "--min-ratio", "0.1"] if mode == "factor" else [])]
+    arguments = command("run", "--model", folders["language"], *data, "--output", tmp_path / "out")
+    assert cli.main([*arguments, *settings]) == 0
+    capsys.readouterr()
+    history = json.loads((tmp_path / "out" / "result.json").read_text())["history"]
+    assert history[1]["parameters"] < history[0]["parameters"]
+    both = command("compare", folders["language"], tmp_path / "out" / "model", "--data", folders["plain"], "--json")
+    assert cli.main(both) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [model["score"] for model in models] == [stage["score"] for stage in history]
+    assert models[1]["perplexity"] == pytest.approx(math.exp(-models[1]["score"]))
+    if mode == "width":
+        narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+        assert narrow.config.hidden_size < 16
 
 
 def test_evaluate_a_language_model(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

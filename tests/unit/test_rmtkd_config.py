@@ -80,7 +80,7 @@ INF, NAN = float("inf"), float("nan")
         ("warm_up", [0.1, 1], [0, 1.1, NAN]),
         ("min_ratio", [0, 1], [-0.1, 1.1, NAN]),
         ("alpha", [0, 1], [-0.1, 1.1]),
-        ("max_drop", [0, 1], [-0.1, 1.1]),
+        ("max_drop", [0, 2.5], [-0.1, INF]),
         ("target_parameters", [0, 1], [-0.1, 1.1]),
         ("multiple", [1, 512], [0, -8]),
         ("calibration_rows", [1], [0]),

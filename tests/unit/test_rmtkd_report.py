@@ -134,4 +134,4 @@ def test_ctrl_c_is_one_line(
 
     monkeypatch.setattr(commands, "report", interrupted)
     assert cli.main(["report", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "rmtkd: interrupted\n"
+    assert capsys.readouterr().err == "rmtkd: stopped; a run that is called again with the same arguments goes on\n"

@@ -10,17 +10,9 @@ from bench.experiments.detector.curves import FALSE_ALARMS, WINDOWS
 from bench.experiments.detector.early import SEEN
 from bench.experiments.detector.report import result_path
 from bench.experiments.texts import ROOT
+from bench.figure_style import COLOURS, STYLE
 
 FOLDER = ROOT / "docs" / "figures"
-STYLE = {
-    "figure.figsize": (5.2, 3.6),
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "rmtkernels",  # so that the same results give the same file
-}
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's
 CHANCE = {"color": "0.6", "linewidth": 0.8, "linestyle": ":"}
 
 

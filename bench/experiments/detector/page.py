@@ -116,7 +116,7 @@ def methods(result: dict[str, Any]) -> str:
     for name, one in sorted(result["methods"].items(), key=lambda item: -item[1]["auroc"][0]):
         seeds = " ".join(f"{area:.3f}" for area in one.get("seeds", []))
         pairs = one["pairs right"]
-        cells = [name, interval(one["auroc"]), seeds, f"{pairs:.3f}" if pairs == pairs else "", f"{one['auprc']:.3f}"]
+        cells = [name, interval(one["auroc"]), seeds, "" if pairs is None else f"{pairs:.3f}", f"{one['auprc']:.3f}"]
         cells += [f"{one[key]:.3f}" if key in one else "" for key in ("f1", "fpr at 95 % found", "calibration error")]
         rows.append(cells + ([interval(against[name], "+") if name in against else ""] if against else []))
     return markdown(head, rows)

@@ -1,6 +1,5 @@
 """What all protocols share: loading a set, and writing a result."""
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from bench.experiments.detector.data import SPLITS, Data, load
+from bench.experiments.results import write_json
 from bench.experiments.texts import ROOT
 from eigentrack.loading import demo_model
 
@@ -42,4 +42,4 @@ def write(path: Path, command: str, result: dict[str, Any]) -> None:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    path.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, head | result)
