@@ -80,6 +80,29 @@ def push(item: Work, small: bool, device: str) -> GpuCase:
     return GpuCase(lambda: rmtkernels.window_push_(ring, gram, seen, rows), {"bmm": bmm}, verify)
 
 
+def gram(item: Work, small: bool, device: str) -> GpuCase:
+    """Peers have no mask, round to bfloat16, and leave the rows of a window in time, without the windows that fill."""
+    steps, window = (24, 4) if small else item.sizes
+    rows = normal(1, steps, 24 if small else work.WIDTH, device=device, dtype=torch.bfloat16)
+    each = rows[0].as_strided((steps - window + 1, window, rows.shape[2]), (rows.shape[2], rows.shape[2], 1))
+
+    def blocks_of_whole() -> Tensor:
+        whole = rows[0] @ rows[0].T
+        return whole.as_strided((steps - window + 1, window, window), (steps + 1, steps, 1)).float()
+
+    peers = {"bmm of every window": lambda: torch.bmm(each, each.mT), "blocks of X X^T": blocks_of_whole}
+
+    def verify(name: str, call: Call) -> None:
+        got = call()[0][0] if name.startswith("ours") else call()
+        for end in (steps // 2, steps):  # multiples of the window: a ring is in the order of time there
+            exact = rows[0, end - window : end].double()
+            norms = exact.norm(dim=1)
+            found = got[end - 1 if name.startswith("ours") else end - window]
+            close(name, found, exact @ exact.T, norms[:, None] * norms, 1e-6 if name.startswith("ours") else 1e-2)
+
+    return GpuCase(lambda: rmtkernels.window_gram(rows, window), peers, verify)
+
+
 def descriptors(item: Work, small: bool, device: str) -> GpuCase:
     batch, window = (2, 6) if small else item.sizes
     layers = 2 if small else work.LAYERS
@@ -197,6 +220,7 @@ def lowrank(item: Work, small: bool, device: str) -> GpuCase:
 # How names of the work begin -> the operator and the case. The first that fits counts.
 KINDS: dict[str, tuple[str, Callable[[Work, bool, str], GpuCase]]] = {
     "sliding_window.push": ("window_push_", push),
+    "sliding_window.gram": ("window_gram", gram),
     "spectrum.descriptors": ("spectrum_descriptors_", descriptors),
     "covariance.update": ("covariance_update_", covariance),
     "lanczos.top": ("lanczos_multiply", top),

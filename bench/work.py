@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 LAYERS, WIDTH = 32, 4096  # of an 8B model; activations are bfloat16
 WINDOWS, BATCHES = (32, 64), (1, 16, 64)
+STEPS = (2048, 8192)  # of a whole sequence
 SAMPLES, WIDTHS = 100_000, (1024, 2048, 4096, 8192)  # of RMT-KD
 RANKS, ROWS = (256, 1024), (1, 16, 64)
 VECTORS, PAIRS = 8, 64  # of a Lanczos block; eigenpairs asked for
@@ -35,6 +36,16 @@ def push(batch: int, window: int) -> Work:
     return Work(
         f"sliding_window.push_b{batch}_n{window}", "sliding_window", f"{LAYERS} layers, batch {batch}, N = {window}",
         moved, 2 * streams * (window + 1) * WIDTH, "float32", 2, (batch, window),
+    )  # fmt: skip
+
+
+def gram(steps: int, window: int) -> Work:
+    """The windows of one sequence at one layer, one for each row: rows read once, each inner product computed once,
+    N² entries a window written."""
+    moved = steps * (WIDTH * 2 + window * window * 4 + 8)
+    return Work(
+        f"sliding_window.gram_t{steps}_n{window}", "sliding_window", f"all windows of {steps} rows, N = {window}",
+        moved, 2 * steps * window * WIDTH, "tensor", 5, (steps, window),
     )  # fmt: skip
 
 
@@ -100,6 +111,7 @@ def lowrank(rows: int, rank: int, dtype: str) -> Work:
 def all_work() -> list[Work]:
     return [
         *(push(batch, window) for window in WINDOWS for batch in BATCHES),
+        *(gram(steps, window) for window in WINDOWS for steps in STEPS),
         *(descriptors(batch, window) for window in WINDOWS for batch in BATCHES),
         *(covariance(width, dtype) for dtype in ("bfloat16", "float32") for width in WIDTHS),
         top(WIDTH),

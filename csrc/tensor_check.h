@@ -77,6 +77,33 @@ inline PushShape check_window_push(const Tensor& ring, const Tensor& gram, const
   return {L, B, N, D, T};
 }
 
+// Shapes of one call of window_gram: `windows` windows of each of `batch` sequences.
+struct WindowGramShape {
+  int64_t batch, steps, dim, windows;
+};
+
+inline WindowGramShape check_window_gram(const Tensor& hidden, int64_t window, int64_t stride,
+                                         const std::optional<Tensor>& mask) {
+  STD_TORCH_CHECK(hidden.dim() == 3, "window_gram: hidden must be (B, T, D)");
+  const ScalarType type = hidden.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "window_gram: hidden must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(window >= 1 && window <= kMaxWindow && stride >= 1, "window_gram: window must be 1 to ", kMaxWindow,
+                  ", stride at least 1");
+  const int64_t B = hidden.size(0), T = hidden.size(1), D = hidden.size(2);
+  const int64_t rows = T <= kMaxSize / (B > 0 ? B : 1) ? B * T : -1;
+  STD_TORCH_CHECK(rows >= 0 && D <= 4096 * (kMaxSize / (rows > 0 ? rows : 1)), "window_gram: ", B, " sequences of ", T,
+                  " rows of ", D, " elements are too many");
+  check_has_data(hidden, "window_gram: hidden");
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == B &&
+                        mask->size(1) == T && mask->is_cpu() == hidden.is_cpu(),
+                    "window_gram: mask must be bool (B, T) on the device of hidden");
+    check_has_data(*mask, "window_gram: mask");
+  }
+  return {B, T, D, T / stride};
+}
+
 // What spectrum_eigvalsh is given: `count` matrices of n rows. The result's shape is theirs less one n.
 struct MatrixShape {
   int64_t n, count;

@@ -31,6 +31,8 @@ def larger() -> list[Call]:
     weights = normal(37, 263), normal(70, 37), normal(70)
     return [
         ("window_push_", (*state, [normal(5, 520, seed=s, dtype=half) for s in range(3)], None)),
+        ("window_gram", (normal(2, 150, 523, dtype=half), 33, 7, normal(2, 150, seed=1) > -1)),
+        ("window_gram", (normal(1, 140, 72), 128, 35)),
         ("spectrum_eigvalsh", (gram_of(normal(1, 3, 128, 200))[0][0],)),
         (
             "spectrum_descriptors_",
@@ -49,8 +51,9 @@ def forms(operator: str, device: str) -> Iterator[str]:
     backends = dispatch.backends(operator)
     if backends[device] == "available":
         yield operator
-    if device == "cuda" and backends.get("triton") == "available":
-        yield importlib.import_module("rmtkernels.triton").FORMS[operator]
+    forms = importlib.import_module("rmtkernels.triton").FORMS
+    if device == "cuda" and backends.get("triton") == "available" and operator in forms:
+        yield forms[operator]
 
 
 def moved(argument: Any, device: str) -> Any:

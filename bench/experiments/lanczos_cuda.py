@@ -82,8 +82,8 @@ def one_step(d: int) -> None:
     times = [
         milliseconds(lambda: multiply(matrix, rows), 20),
         *(
-            milliseconds(lambda by=by: orthonormalize(rows, basis, noise, none, 1, kernel=by), 20)
-            for by in (True, False)
+            milliseconds(lambda by=by: orthonormalize(rows, basis, noise, none, 1, backend=by), 20)
+            for by in ("cuda", "reference")
         ),
     ]
     print(f"{d:6} product {times[0]:7.3f}, block step: kernels {times[1]:7.3f}, PyTorch {times[2]:7.3f}", flush=True)

@@ -191,13 +191,8 @@ void write_window(float* gram, const float* band, int64_t seen, int64_t window) 
 }
 
 std::tuple<Tensor, Tensor> window_gram(Tensor hidden, int64_t window, int64_t stride, std::optional<Tensor> mask) {
-  STD_TORCH_CHECK(hidden.dim() == 3, "window_gram: hidden must be (B, T, D)");
-  STD_TORCH_CHECK(window >= 1 && window <= kMaxWindow && stride >= 1, "window_gram: window must be 1 to ", kMaxWindow,
-                  ", stride at least 1");
-  const int64_t B = hidden.size(0), T = hidden.size(1), D = hidden.size(2), W = T / stride;
-  STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == B &&
-                            mask->size(1) == T),
-                  "window_gram: mask must be bool (B, T)");
+  const WindowGramShape shape = check_window_gram(hidden, window, stride, mask);
+  const int64_t B = shape.batch, T = shape.steps, D = shape.dim, W = shape.windows;
   const Rows rows(hidden);
   const Mask keep(mask);
   Tensor gram = torch::stable::new_empty(hidden, {B, W, window, window}, ScalarType::Float);

@@ -2,6 +2,9 @@
 #include "cuda/sliding_window.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
 
 #include "cuda/binding.h"
 #include "tensor_check.h"
@@ -58,7 +61,53 @@ void window_push_(const Tensor& ring, const Tensor& gram, const Tensor& seen, co
   check_launch(rmtkernels_cuda_window_push(&push, current_stream(ring.get_device_index())), "window_push_");
 }
 
+GramRows gram_rows(const Tensor& hidden, int64_t window, const std::optional<Tensor>& mask) {
+  GramRows rows{};
+  rows.data = hidden.const_data_ptr();
+  rows.batch_stride = hidden.stride(0);
+  rows.step_stride = hidden.stride(1);
+  rows.dim_stride = hidden.stride(2);
+  if (mask) {
+    rows.mask = static_cast<const bool*>(mask->const_data_ptr());
+    rows.mask_batch_stride = mask->stride(0);
+    rows.mask_step_stride = mask->stride(1);
+  }
+  rows.batch = hidden.size(0);
+  rows.steps = hidden.size(1);
+  rows.dim = hidden.size(2);
+  rows.window = window;
+  return rows;
+}
+
+std::tuple<Tensor, Tensor> window_gram(const Tensor& hidden, int64_t window, int64_t stride,
+                                       const std::optional<Tensor>& mask) {
+  const WindowGramShape shape = check_window_gram(hidden, window, stride, mask);
+  STD_TORCH_CHECK(hidden.is_cuda(), "window_gram: hidden must be on a CUDA device");
+  const int32_t device = hidden.get_device_index();
+  if (mask) check_on_device(*mask, device, "window_gram", "mask");
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor gram = torch::stable::new_empty(hidden, {shape.batch, shape.windows, window, window}, ScalarType::Float);
+  const Tensor seen = torch::stable::new_empty(hidden, {shape.batch, shape.windows}, ScalarType::Long);
+  // From torch's caching allocator, on its current stream: a graph that is being captured gives it memory of its own,
+  // and nobody else gets the memory before what is queued here is done.
+  const int64_t bytes = rmtkernels_cuda_window_gram_workspace(shape.batch, shape.steps, shape.dim, window);
+  const Tensor workspace = torch::stable::new_empty(hidden, {bytes}, ScalarType::Byte);
+  WindowGram call{};
+  call.rows = gram_rows(hidden, window, mask);
+  call.gram = static_cast<float*>(gram.mutable_data_ptr());
+  call.seen = static_cast<int64_t*>(seen.mutable_data_ptr());
+  call.workspace = workspace.mutable_data_ptr();
+  call.stride = stride;
+  call.type = row_type(hidden.scalar_type());
+  check_launch(rmtkernels_cuda_window_gram(&call, current_stream(device)), "window_gram");
+  return {gram, seen};
+}
+
 }  // namespace
 }  // namespace rmtkernels
 
-STABLE_TORCH_LIBRARY_IMPL(rmtkernels, CUDA, m) { m.impl("window_push_", TORCH_BOX(&rmtkernels::window_push_)); }
+STABLE_TORCH_LIBRARY_IMPL(rmtkernels, CUDA, m) {
+  m.impl("window_push_", TORCH_BOX(&rmtkernels::window_push_));
+  m.impl("window_gram", TORCH_BOX(&rmtkernels::window_gram));
+}

@@ -62,7 +62,8 @@ def lanczos_eigh(
             join it, for what it lacks. Default: these alone.
         seed: of all random vectors.
         max_steps: products of the matrix with a block after which to stop, converged or not.
-        backend: "cpu", "cuda" or "reference" (products in float64 by PyTorch) instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" (the block step; products by the vendor's library) or "reference" (products in
+            float64 by PyTorch) instead of the automatic choice.
 
     Returns:
         A `LanczosResult`. Look at `complete`, or at `converged`, before you use it. No gradient.

@@ -115,5 +115,5 @@ class Basis:
             self.noise,
             16 * torch.finfo(rows.dtype).eps * self.scale,
             self.steps % self.multiply.dim,
-            kernel=self.multiply.backend == "cuda",
+            backend=self.multiply.backend,
         )

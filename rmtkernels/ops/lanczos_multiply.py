@@ -43,7 +43,8 @@ def lanczos_multiply(matrix: Tensor, block: Tensor, *, backend: str | None = Non
     Args:
         matrix: (rows, cols) float32 or float64.
         block: (vectors, cols) of the same dtype.
-        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" (which leaves products to the vendor's library, too) or "reference" instead of
+            the automatic choice.
 
     Returns:
         (vectors, rows). No gradient.
@@ -69,7 +70,8 @@ def lanczos_multiply_gram(
         samples: X, (n, d) float32 or float64.
         block: (vectors, d) of the same dtype.
         mean: (d,) float64, subtracted from every row of X first, with its full precision (see `column_mean`).
-        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" (which leaves products to the vendor's library, too) or "reference" instead of
+            the automatic choice.
 
     Returns:
         (vectors, d). No gradient.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rmtkernels._library import define
+from rmtkernels.triton import operators as triton
 
 
 class Orthonormal(NamedTuple):
@@ -36,7 +37,7 @@ def _fake(rows: Tensor, basis: Tensor, noise: Tensor, negligible: Tensor, shift:
 
 
 def orthonormalize(
-    rows: Tensor, basis: Tensor, noise: Tensor, negligible: Tensor, shift: int, kernel: bool
+    rows: Tensor, basis: Tensor, noise: Tensor, negligible: Tensor, shift: int, backend: str
 ) -> Orthonormal:
     """Orthonormal rows, orthogonal to the basis, that with it span the given ones. Nothing waits for the device.
 
@@ -45,13 +46,16 @@ def orthonormalize(
         basis: (size, d), orthonormal rows.
         noise: (vectors or more, d), random rows of norm about 1, of use after `roll(shift, 1)`.
         negligible: () float64. A row of which no more is new gives way to a random one.
-        kernel: by the CUDA kernels, in two passes over the basis; else by PyTorch's products and QR, in four.
+        backend: "cuda" or "triton" for their kernels, in two passes over the basis; else PyTorch's products and QR, in
+            four.
     """
     room = rows.shape[1] - len(basis)
     if room == 0:
         return Orthonormal(rows[:0], rows.new_zeros(1, len(rows)), rows @ basis.mT)
-    if kernel:
+    if backend == "cuda":
         return Orthonormal(*torch.ops.rmtkernels.lanczos_orthonormalize(rows, basis, noise, negligible, shift))
+    if backend == "triton":
+        return Orthonormal(*triton.lanczos_orthonormalize(rows, basis, noise, negligible, shift))
     return _by_qr(rows, basis, noise.roll(shift, 1), negligible, room)
 
 

@@ -85,14 +85,14 @@ def window_gram(
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of all windows of whole sequences; each inner product is computed once (T N D work).
 
-    Window w holds what pushing rows 0 .. (w + 1) stride - 1 one by one would leave, slot by slot.
+    Window w holds what pushing rows 0 .. (w + 1) stride - 1 one by one would leave, slot by slot (on CUDA to rounding).
 
     Args:
         hidden: (B, T, D) float32, bfloat16 or float16, any strides.
         window: N, 1 to 128.
         stride: rows from one window to the next.
         mask: (B, T) bool; rows where it is False are skipped, as are rows that are not finite.
-        backend: "cpu" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" or "reference" instead of the automatic choice.
 
     Returns:
         gram (B, T // stride, N, N) float32, zero in slots not yet in use, and seen (B, T // stride) int64, the rows
@@ -101,16 +101,12 @@ def window_gram(
     Raises:
         ShapeError, DtypeError, DeviceError, BackendError: as `window_push_`.
     """
-    if hidden.dim() != 3:
-        raise ShapeError(f"hidden must be (B, T, D), got {tuple(hidden.shape)}")
-    check_window(window)
-    if stride < 1:
-        raise ShapeError(f"stride must be at least 1, got {stride}")
-    check_dtype("hidden", hidden.dtype)
-    if mask is not None:
-        _check_mask(mask, tuple(hidden.shape[:2]), hidden.device)
-    if select("window_gram", hidden.device, backend) == "reference":
+    check_gram(hidden, window, stride, mask)
+    selected = select("window_gram", hidden.device, backend)
+    if selected == "reference":
         return reference.window_gram_ref(hidden.detach(), window, stride, mask)
+    if selected == "triton":
+        return triton.window_gram(hidden.detach(), window, stride, mask)  # type: ignore[no-any-return]
     return torch.ops.rmtkernels.window_gram(hidden.detach(), window, stride, mask)  # type: ignore[no-any-return]
 
 
@@ -137,6 +133,18 @@ def check_push(ring: Tensor, gram: Tensor, seen: Tensor, rows: Sequence[Tensor],
             raise DeviceError(f"rows must be on the ring's device {ring.device}, got {row.device}")
     if mask is not None:
         _check_mask(mask, tuple(shape[:-1]), ring.device)
+
+
+def check_gram(hidden: Tensor, window: int, stride: int, mask: Tensor | None) -> None:
+    """Raises ShapeError, DtypeError or DeviceError unless `window_gram` takes these."""
+    if hidden.dim() != 3:
+        raise ShapeError(f"hidden must be (B, T, D), got {tuple(hidden.shape)}")
+    check_window(window)
+    if stride < 1:
+        raise ShapeError(f"stride must be at least 1, got {stride}")
+    check_dtype("hidden", hidden.dtype)
+    if mask is not None:
+        _check_mask(mask, tuple(hidden.shape[:2]), hidden.device)
 
 
 def check_window(window: int) -> None:

@@ -132,14 +132,14 @@ def spectrum_descriptors(
         normalize: "rms" divides every row of activations by its root mean square first (on the Gram matrix, before
             centring), None leaves them as they are.
         noise: noise variance: "median", the median eigenvalue over the law's median, or "trace", the mean eigenvalue.
-        backend: "cpu", "cuda" or "reference" instead of the automatic choice.
+        backend: "cpu", "cuda", "triton" or "reference" instead of the automatic choice.
 
     Returns:
         descriptors (L, B, F), named by `DESCRIPTORS`, and eigenvalues (L, B, N), float32; L is 1 if joint.
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments.
-        BackendError: if `backend` is missing.
+        BackendError: if `backend` is missing, or is "triton" and N > 64.
 
     Source: EigenTrack (arXiv 2509.15735) section III-B; scales, floors and dual form are ours (docs/conventions.md).
     """
@@ -176,12 +176,15 @@ def spectrum_descriptors_(
     noise: str = "median",
     backend: str | None = None,
 ) -> None:
-    """`spectrum_descriptors` into the caller's buffers (float32, unit last stride). Allocates nothing.
+    """`spectrum_descriptors` into the caller's buffers (float32, unit last stride).
 
-    `gram` must be contiguous.
+    Allocates nothing, but for the Triton form's scratch. `gram` must be contiguous.
     """
-    if select("spectrum_descriptors_", gram.device, backend) == "reference":
-        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint, normalize, noise)
+    selected = select("spectrum_descriptors_", gram.device, backend)
+    if selected == "triton" and gram.shape[-1] > MAX_MATRIX and choice(backend) is None:
+        selected = fall_back("spectrum_descriptors_", f"the triton kernel takes N up to {MAX_MATRIX}")
+    if selected == "reference":
+        _check_arguments(descriptors, eigenvalues, gram, seen, dim, joint, normalize, noise)
         values = reference.spectrum_descriptors_ref(
             gram.detach().cpu(), seen.cpu(), dim, center=center, joint=joint, normalize=normalize, noise=noise
         )
@@ -190,12 +193,12 @@ def spectrum_descriptors_(
         return
     try:
         laws = _laws(gram.shape[-1], dim if joint is None else dim * gram.shape[0], gram)
-        _DESCRIPTORS_OP(
+        (triton.spectrum_descriptors_ if selected == "triton" else _DESCRIPTORS_OP)(
             descriptors, eigenvalues, gram, seen, laws, dim, center, _JOINT[joint], _NORMALIZE[normalize], _NOISE[noise]
         )
     except (RuntimeError, KeyError, ValueError, ZeroDivisionError):
         # All was checked before anything was written; here the refusal gets its type.
-        _check_descriptors(descriptors, eigenvalues, gram, seen, dim, joint, normalize, noise)
+        _check_arguments(descriptors, eigenvalues, gram, seen, dim, joint, normalize, noise)
         raise
 
 
@@ -224,7 +227,7 @@ def _spectrum_laws(like: Tensor, window: int, dim: int) -> Tensor:
     return _laws(window, dim, like).clone()  # on the device: a table brought there anew would make the host wait
 
 
-def _check_descriptors(
+def _check_arguments(
     descriptors: Tensor,
     eigenvalues: Tensor,
     gram: Tensor,
@@ -234,15 +237,20 @@ def _check_descriptors(
     normalize: str | None,
     noise: str,
 ) -> None:
-    _check_gram(gram)
-    layers, batch, window = gram.shape[:3]
     if joint not in _JOINT:
         raise ShapeError(f'joint must be None, "trace" or "none", got {joint!r}')
     if normalize not in _NORMALIZE:
         raise ShapeError(f'normalize must be None or "rms", got {normalize!r}')
     if noise not in _NOISE:
         raise ShapeError(f'noise must be "median" or "trace", got {noise!r}')
-    if joint is not None and layers == 0:
+    check_buffers(descriptors, eigenvalues, gram, seen, dim, joint is not None)
+
+
+def check_buffers(descriptors: Tensor, eigenvalues: Tensor, gram: Tensor, seen: Tensor, dim: int, joined: bool) -> None:
+    """Raises ShapeError, DtypeError or DeviceError unless `spectrum_descriptors_` takes these."""
+    _check_gram(gram)
+    layers, batch, window = gram.shape[:3]
+    if joined and layers == 0:
         raise ShapeError("a joint spectrum needs at least one layer")
     if dim < 1:
         raise ShapeError(f"dim must be positive, got {dim}")
@@ -252,7 +260,7 @@ def _check_descriptors(
         raise DtypeError(f"seen must be int64, got {seen.dtype}")
     if seen.device != gram.device:
         raise DeviceError(f"seen must be on the Gram matrices' device {gram.device}, got {seen.device}")
-    spectra = layers if joint is None else 1
+    spectra = 1 if joined else layers
     _check_out("descriptors", descriptors, (spectra, batch, len(DESCRIPTORS)), gram.device)
     _check_out("eigenvalues", eigenvalues, (spectra, batch, window), gram.device)
 

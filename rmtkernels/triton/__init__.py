@@ -13,10 +13,15 @@ import torch
 FORMS = {
     "lowrank_linear": "lowrank_linear_triton",
     "spectrum_eigvalsh": "spectrum_eigvalsh_triton",
+    "spectrum_descriptors_": "spectrum_descriptors_triton_",
     "window_push_": "window_push_triton_",
+    "window_gram": "window_gram_triton",
     "covariance_update_": "covariance_update_triton_",
+    "lanczos_orthonormalize": "lanczos_orthonormalize_triton",
 }
-MAX_MATRIX = 64  # of spectrum_eigvalsh: a larger one does not fit the registers
+# Block Lanczos with the block step above: its products are the vendor's library's on a GPU.
+PRODUCTS = ("lanczos_multiply", "lanczos_multiply_gram")
+MAX_MATRIX = 64  # of the spectrum's kernels: a larger one does not fit the registers
 # Triton's own variable. With it the kernels take tensors of the CPU too, a NumPy call for each operation: for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -24,7 +29,7 @@ DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 def status(operator: str) -> str:
     """ "available", or why there is no kernel or it cannot run here."""
-    if operator not in FORMS:
+    if operator not in (*FORMS, *PRODUCTS):
         return "no triton kernel yet"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

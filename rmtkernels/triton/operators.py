@@ -127,6 +127,29 @@ def _spectrum_eigvalsh_fake(matrices: Tensor) -> Tensor:
     return matrices.new_empty(matrices.shape[:-1])
 
 
+define(
+    "spectrum_descriptors_triton_(Tensor(a!) descriptors, Tensor(b!) eigenvalues, Tensor gram, Tensor seen, "
+    "Tensor laws, int dim, bool center, int joint, bool normalize, int noise) -> ()"
+)
+spectrum_descriptors_ = _implement("spectrum_descriptors_triton_", "spectrum_descriptors", "spectrum_descriptors_")
+
+
+@torch.library.register_fake("rmtkernels::spectrum_descriptors_triton_")
+def _spectrum_descriptors_fake(
+    descriptors: Tensor,
+    eigenvalues: Tensor,
+    gram: Tensor,
+    seen: Tensor,
+    laws: Tensor,
+    dim: int,
+    center: bool,
+    joint: int,
+    normalize: bool,
+    noise: int,
+) -> None:
+    _same_device(gram, descriptors, eigenvalues, seen, laws)
+
+
 define("window_push_triton_(Tensor(a!) ring, Tensor(b!) gram, Tensor(c!) seen, Tensor[] rows, Tensor? mask) -> ()")
 window_push_ = _implement("window_push_triton_", "sliding_window", "window_push_")
 
@@ -134,6 +157,20 @@ window_push_ = _implement("window_push_triton_", "sliding_window", "window_push_
 @torch.library.register_fake("rmtkernels::window_push_triton_")
 def _window_push_fake(ring: Tensor, gram: Tensor, seen: Tensor, rows: list[Tensor], mask: Tensor | None) -> None:
     _same_device(ring, gram, seen, *rows, mask)
+
+
+define("window_gram_triton(Tensor hidden, int window, int stride=1, Tensor? mask=None) -> (Tensor, Tensor)")
+window_gram = _implement("window_gram_triton", "sliding_window_gram", "window_gram")
+
+
+@torch.library.register_fake("rmtkernels::window_gram_triton")
+def _window_gram_fake(
+    hidden: Tensor, window: int, stride: int = 1, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _same_device(hidden, mask)
+    batch, windows = hidden.shape[0], hidden.shape[1] // stride
+    gram = hidden.new_empty((batch, windows, window, window), dtype=torch.float32)
+    return gram, hidden.new_empty((batch, windows), dtype=torch.int64)
 
 
 define(
@@ -154,3 +191,20 @@ def _covariance_update_fake(
     decay: float,
 ) -> None:
     _same_device(mean, scatter, totals, batch, weights, mask)
+
+
+define(
+    "lanczos_orthonormalize_triton(Tensor rows, Tensor basis, Tensor noise, Tensor negligible, int shift)"
+    " -> (Tensor unit, Tensor triangle, Tensor products)"
+)
+lanczos_orthonormalize = _implement("lanczos_orthonormalize_triton", "lanczos", "lanczos_orthonormalize")
+
+
+@torch.library.register_fake("rmtkernels::lanczos_orthonormalize_triton")
+def _lanczos_orthonormalize_fake(
+    rows: Tensor, basis: Tensor, noise: Tensor, negligible: Tensor, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device(rows, basis, noise, negligible)
+    (count, dim), size, double = rows.shape, basis.shape[0], torch.float64
+    unit = rows.new_empty(torch.sym_min(count, dim - size), dim)
+    return unit, rows.new_empty(count, count, dtype=double), rows.new_empty(count, size, dtype=double)

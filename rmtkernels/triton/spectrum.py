@@ -27,16 +27,22 @@ MOST_PASSES = tl.constexpr(48)  # 5^48 = 2^111 times narrower: a safety net
 
 
 @triton.jit
-def load_sorted(matrix, n, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The matrix with rows and columns in the order of their diagonal entries, largest first; zeros past n. So a
-    reflection never mixes a large row into the smaller ones that are still to be reduced."""
+def diagonal_order(entry, n, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where rows and columns come from that are to stand in the order of their diagonal entries, largest first, those
+    past n last. So a reflection never mixes a large row into the smaller ones that are still to be reduced."""
     row = tl.arange(0, N)
-    entry = tl.abs(tl.load(matrix + row * (n + 1), mask=row < n, other=0.0).to(tl.float64))
-    entry = tl.where(entry == entry, entry, 0.0)  # NaN has no order
+    entry = tl.where(entry == entry, tl.abs(entry), 0.0)  # NaN has no order
     entry = tl.where(row < n, entry, -1.0)
     first = (entry[:, None] > entry[None, :]) | ((entry[:, None] == entry[None, :]) & (row[:, None] < row[None, :]))
     rank = tl.sum(first.to(tl.int32), axis=0)
-    order = tl.sum(tl.where(rank[:, None] == row[None, :], row[:, None], 0), axis=0)
+    return tl.sum(tl.where(rank[:, None] == row[None, :], row[:, None], 0), axis=0)
+
+
+@triton.jit
+def load_sorted(matrix, n, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The matrix in the order of its diagonal; zeros past n."""
+    row = tl.arange(0, N)
+    order = diagonal_order(tl.load(matrix + row * (n + 1), mask=row < n, other=0.0).to(tl.float64), n, N)
     i, j = tl.maximum(order[:, None], order[None, :]), tl.minimum(order[:, None], order[None, :])
     return tl.load(matrix + i * n + j, mask=i < n, other=0.0).to(tl.float64)
 
@@ -111,14 +117,10 @@ def bisect(diagonal, squares, n, width, N: tl.constexpr):  # type: ignore[no-unt
     return 0.5 * (low + high)
 
 
-# matrices (problems, n, n) and eigenvalues (problems, n) are contiguous; tridiagonal (problems, 2, n) float64 is
-# scratch. N >= n is a power of two. Reads the lower triangle.
 @triton.jit
-def eigvalsh_kernel(matrices, eigenvalues, tridiagonal, n, width, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    problem = tl.program_id(0).to(tl.int64)
-    diagonal = tridiagonal + problem * 2 * n
-    squares = diagonal + n
-    a = load_sorted(matrices + problem * n * n, n, N)
+def solve(a, diagonal, squares, n, width, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Eigenvalues, ascending, of a matrix that is zero past n; NaN if it is not finite. `diagonal` and `squares`, n
+    numbers each, side by side, are scratch."""
     wrong = tl.max(tl.max((a - a != 0.0).to(tl.int32), axis=1), axis=0) > 0
     a = tl.where(wrong, 0.0, a)
     # By a power of two, so that the largest entry lies in [1/2, 1). IEEE 754 keeps the exponent of 2^e as e + 1023.
@@ -128,9 +130,18 @@ def eigvalsh_kernel(matrices, eigenvalues, tridiagonal, n, width, N: tl.constexp
     tridiagonalise(a, diagonal, squares, n, N)
     tl.debug_barrier()  # what follows reads what other threads of this program wrote
     values = bisect(diagonal, squares, n, width, N) * ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
+    return tl.where(wrong, float("nan"), values)
+
+
+# matrices (problems, n, n) and eigenvalues (problems, n) are contiguous; tridiagonal (problems, 2, n) float64 is
+# scratch. N >= n is a power of two. Reads the lower triangle.
+@triton.jit
+def eigvalsh_kernel(matrices, eigenvalues, tridiagonal, n, width, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    problem = tl.program_id(0).to(tl.int64)
+    diagonal = tridiagonal + problem * 2 * n
+    values = solve(load_sorted(matrices + problem * n * n, n, N), diagonal, diagonal + n, n, width, N)
     number = tl.arange(0, N)
-    values = tl.where(wrong, float("nan"), values).to(eigenvalues.dtype.element_ty)
-    tl.store(eigenvalues + problem * n + number, values, mask=number < n)
+    tl.store(eigenvalues + problem * n + number, values.to(eigenvalues.dtype.element_ty), mask=number < n)
 
 
 def spectrum_eigvalsh(matrices: Tensor) -> Tensor:

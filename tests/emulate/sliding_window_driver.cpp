@@ -1,7 +1,10 @@
 // Runs the sliding_window kernels against a double precision reference of its own, without Python: what the sanitizer
 // builds execute. Every buffer is a heap block of the exact size. Exits with 1 if a result is wrong.
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <random>
@@ -166,9 +169,130 @@ class Case {
   std::unique_ptr<bool[]> mask_;
 };
 
+struct Sequences {
+  const char* name;
+  int64_t batch, steps, dim, window, stride, dim_stride, shift;  // shift: of the first row, in elements
+  bool masked, bad_rows, far;                                    // far: 2^31 elements from row to row
+};
+
+// Memory that nobody has touched, of which what is used becomes real.
+template <class T>
+struct Reserved {
+  T* data;
+  size_t bytes;
+  explicit Reserved(int64_t elements) : data(nullptr), bytes(size_t(elements) * sizeof(T)) {
+    void* const found =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (found == MAP_FAILED) std::perror("mmap"), std::exit(1);
+    data = static_cast<T*>(found);
+  }
+  Reserved(const Reserved&) = delete;
+  ~Reserved() { munmap(data, bytes); }
+};
+
+// window_gram: rows of a sequence lie behind one another, and so do sequences.
+template <class T>
+class GramCase {
+ public:
+  explicit GramCase(const Sequences& s)
+      : s_(s),
+        windows_(s.steps / s.stride),
+        step_stride_(s.far ? (int64_t(1) << 31) + 8 : s.dim * s.dim_stride),
+        elements_(s.shift + (s.batch * s.steps - 1) * step_stride_ + (s.dim - 1) * s.dim_stride + 1),
+        far_rows_(s.far ? elements_ : 1),
+        near_rows_(s.far ? nullptr : new T[elements_]),
+        rows_(s.far ? far_rows_.data : near_rows_.get()),
+        mask_(new bool[s.batch * s.steps]),
+        gram_(new float[s.batch * windows_ * s.window * s.window]),
+        seen_(new int64_t[s.batch * windows_]) {
+    for (int64_t i = 0; i < s.batch * s.steps * s.dim; ++i) *element(0, i / s.dim, i % s.dim) = Values<T>::any(random_);
+    for (int64_t i = 0; i < s.batch * s.steps; ++i) mask_[i] = i % 4 != 2;
+    for (int64_t step = 1; s.bad_rows && step < s.steps; step += 5)
+      *element(s.batch - 1, step, s.dim - 1) = Values<T>::not_a_number();
+  }
+
+  bool run() {
+    const int64_t bytes = rmtkernels::rmtkernels_cuda_window_gram_workspace(s_.batch, s_.steps, s_.dim, s_.window);
+    const std::unique_ptr<float[]> workspace(new float[size_t(bytes) / 4]);
+    for (int64_t i = 0; i < bytes / 4; ++i) workspace[i] = std::numeric_limits<float>::quiet_NaN();
+    rmtkernels::WindowGram call{};
+    call.rows.data = rows_ + s_.shift;
+    call.rows.mask = s_.masked ? mask_.get() : nullptr;
+    call.rows.batch_stride = s_.steps * step_stride_;
+    call.rows.step_stride = step_stride_;
+    call.rows.dim_stride = s_.dim_stride;
+    call.rows.mask_batch_stride = s_.steps;
+    call.rows.mask_step_stride = 1;
+    call.rows.batch = s_.batch;
+    call.rows.steps = s_.steps;
+    call.rows.dim = s_.dim;
+    call.rows.window = s_.window;
+    call.gram = gram_.get();
+    call.seen = seen_.get();
+    call.workspace = workspace.get();
+    call.stride = s_.stride;
+    call.type = Values<T>::kType;
+    if (rmtkernels_cuda_window_gram(&call, nullptr) != 0) return fail("the launch failed");
+    for (int64_t b = 0; b < s_.batch; ++b)
+      if (!sequence_is_right(b)) return fail("wrong windows");
+    return true;
+  }
+
+ private:
+  bool fail(const char* what) const {
+    std::printf("%s, type %d: %s\n", s_.name, int(Values<T>::kType), what);
+    return false;
+  }
+
+  T* element(int64_t b, int64_t t, int64_t i) {
+    return rows_ + s_.shift + (b * s_.steps + t) * step_stride_ + i * s_.dim_stride;
+  }
+
+  // Follows the ring: slot -> the step whose row is there, -1 for none.
+  bool sequence_is_right(int64_t b) {
+    std::vector<int64_t> in_slot(s_.window, -1);
+    int64_t accepted = 0;
+    bool right = true;
+    for (int64_t t = 0; t < s_.steps; ++t) {
+      const bool bad = s_.bad_rows && t % 5 == 1 && b == s_.batch - 1;
+      if (!bad && (!s_.masked || mask_[b * s_.steps + t])) in_slot[accepted++ % s_.window] = t;
+      if ((t + 1) % s_.stride != 0) continue;
+      const int64_t w = b * windows_ + t / s_.stride;
+      right = right && seen_[w] == accepted;
+      for (int64_t r = 0; r < s_.window; ++r)
+        for (int64_t c = 0; c < s_.window; ++c)
+          right = right && entry_is_right(gram_[(w * s_.window + r) * s_.window + c], b, in_slot[r], in_slot[c]);
+    }
+    return right;
+  }
+
+  bool entry_is_right(double got, int64_t b, int64_t t, int64_t u) {
+    if (t < 0 || u < 0) return got == 0;
+    double dot = 0, norm_t = 0, norm_u = 0;
+    for (int64_t i = 0; i < s_.dim; ++i) {
+      const double x = to_float(*element(b, t, i)), y = to_float(*element(b, u, i));
+      dot += x * y;
+      norm_t += x * x;
+      norm_u += y * y;
+    }
+    return std::fabs(got - dot) <= 1e-6 * std::sqrt(norm_t * norm_u);
+  }
+
+  const Sequences s_;
+  const int64_t windows_, step_stride_, elements_;
+  std::mt19937 random_{11};
+  Reserved<T> far_rows_;
+  std::unique_ptr<T[]> near_rows_;
+  T* const rows_;
+  std::unique_ptr<bool[]> mask_;
+  std::unique_ptr<float[]> gram_;
+  std::unique_ptr<int64_t[]> seen_;
+};
+
 }  // namespace
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IONBF, 0);  // what was found is said, also where the next scenario ends in a crash
   const Scenario scenarios[] = {
       // name, layers, batch, steps, window, dim, dim_stride, shift, masked, bad_rows
       {"packed rows", 2, 2, 5, 3, 264, 1, 0, false, false},
@@ -180,6 +304,16 @@ int main() {
   bool right = true;
   for (const Scenario& s : scenarios)
     right = Case<float>(s).run() && Case<bfloat16>(s).run() && Case<float16>(s).run() && right;
+  const Sequences sequences[] = {
+      // name, batch, steps, dim, window, stride, dim_stride, shift, masked, bad_rows, far
+      {"packs", 1, 70, 72, 3, 1, 1, 0, false, false, false},
+      {"odd rows, masked, bad", 2, 90, 29, 33, 14, 1, 0, true, true, false},
+      {"strided rows of two splits", 1, 3, 523, 2, 1, 2, 1, false, false, false},
+      {"the widest window", 1, 135, 9, 128, 45, 1, 1, false, true, false},
+      {"rows far apart", 1, 3, 5, 2, 1, 1, 0, false, false, true},
+  };
+  for (const Sequences& s : sequences)
+    right = GramCase<float>(s).run() && GramCase<bfloat16>(s).run() && GramCase<float16>(s).run() && right;
   std::puts(right ? "ok" : "FAILED");
   return right ? 0 : 1;
 }

@@ -2,7 +2,6 @@
 
 RMTKERNELS_PROVE=1 runs all of it; else what takes seconds."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,35 +9,28 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-HEADERS = ROOT / "csrc/include/rmtkernels"
+from tests.emulate.proof import ROOT, SILENT, assert_found, assert_silent, break_headers, prove
+
 SLICE = "covariance"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-prove = pytest.mark.skipif("RMTKERNELS_PROVE" not in os.environ, reason="RMTKERNELS_PROVE=1 runs it")
-
-
-def run(program: Path, workers: int, schedule: str = "rand") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"EMU_WORKERS": str(workers), "EMU_SCHED": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @prove
-@pytest.mark.parametrize(("build", "blocks"), [("thread", 1), ("thread", 2), ("memory", 1), ("wavefronts of 64", 1)])
+@pytest.mark.parametrize(("build", "blocks"), SILENT)
 def test_checkers_are_silent(builder, build: str, blocks: int) -> None:
-    done = run(builder.driver(build, SLICE), blocks)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+    assert_silent(builder, SLICE, build, blocks)
 
 
-SAMPLE, SCATTER, TENSOR, CORE = (
-    "covariance.cuh", "covariance_scatter.cuh", "covariance_tensor.cuh", "tensor_core.cuh"
+SAMPLE, SCATTER, TENSOR, SCAN = (
+    "covariance.cuh", "covariance_scatter.cuh", "covariance_tensor.cuh", "block_scan.cuh"
 )  # fmt: skip
 # (header, text as shipped, text broken, build, what it says). The plain build says what the driver's reference found.
 MUTANTS = {
     "the list is read before it is there":
         (SAMPLE, "__syncthreads();  // the list is there", "", "thread", "data race"),
     "one room for the counts of two steps":
-        (SAMPLE, "__syncthreads();\n  *all = 0;", "*all = 0;", "thread", "data race"),
+        (SCAN, "__syncthreads();\n  *all = 0;", "*all = 0;", "thread", "data race"),
     "columns are added up too early":
         (SAMPLE, "__syncthreads();\n  for (int i = threadIdx.x; i < kLanesAcross", "for (int i = threadIdx.x; i < "
          "kLanesAcross", "thread", "data race"),
@@ -95,26 +87,13 @@ MUTANTS = {
 
 @pytest.fixture(scope="module")
 def broken_headers(builder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A copy of the headers for each mutant. All are sent to the compilers at once."""
-    folders = {}
-    for number, (mutant, (header, shipped, broken, build, _)) in enumerate(MUTANTS.items()):
-        folders[mutant] = tmp_path_factory.mktemp(f"covariance_mutant{number}")
-        copy = folders[mutant] / "rmtkernels"
-        shutil.copytree(HEADERS, copy)
-        source = (copy / header).read_text()
-        assert source.count(shipped) == 1, f"{mutant}: {header} has changed"
-        (copy / header).write_text(source.replace(shipped, broken))
-        builder.start_driver(build, SLICE, folders[mutant])
-    return folders
+    return break_headers(builder, tmp_path_factory, SLICE, MUTANTS)
 
 
 @prove
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], mutant: str) -> None:
-    build, message = MUTANTS[mutant][-2:]
-    done = run(builder.driver(build, SLICE, broken_headers[mutant]), 1)
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
+@pytest.mark.parametrize("name", MUTANTS)
+def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], name: str) -> None:
+    assert_found(builder, SLICE, broken_headers[name], MUTANTS[name])
 
 
 def readable(mangled: str) -> str:

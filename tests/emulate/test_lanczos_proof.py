@@ -2,7 +2,6 @@
 
 RMTKERNELS_PROVE=1 runs all of it; else what takes seconds."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,24 +9,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-HEADERS = ROOT / "csrc/include/rmtkernels"
+from tests.emulate.proof import PROVE, ROOT, SILENT, assert_found, assert_silent, break_headers, prove
+
 SLICE, HEADER = "lanczos", "lanczos.cuh"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-prove = pytest.mark.skipif("RMTKERNELS_PROVE" not in os.environ, reason="RMTKERNELS_PROVE=1 runs it")
-
-
-def run(program: Path, workers: int, schedule: str = "rand") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"EMU_WORKERS": str(workers), "EMU_SCHED": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @prove
-@pytest.mark.parametrize(("build", "blocks"), [("thread", 1), ("thread", 2), ("memory", 1), ("wavefronts of 64", 1)])
+@pytest.mark.parametrize(("build", "blocks"), SILENT)
 def test_checkers_are_silent(builder, build: str, blocks: int) -> None:
-    done = run(builder.driver(build, SLICE), blocks)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+    assert_silent(builder, SLICE, build, blocks)
 
 
 # (text as shipped, text broken, build, what it says). The plain build says what the driver's own sums found.
@@ -67,31 +59,17 @@ MUTANTS = {
                                                   "thread", "data race"),
 }  # fmt: skip
 QUICK = {"random rows are taken as they are", "rows that do not exist are stored"}
-CHOSEN = list(MUTANTS) if "RMTKERNELS_PROVE" in os.environ else [name for name in MUTANTS if name in QUICK]
+CHOSEN = {name: (HEADER, *mutant) for name, mutant in MUTANTS.items() if PROVE or name in QUICK}
 
 
 @pytest.fixture(scope="module")
-def broken_sources(builder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A copy of the header for each mutant that is tried. All are sent to the compilers at once."""
-    folders = {}
-    for number, mutant in enumerate(CHOSEN):
-        shipped, broken, build, _ = MUTANTS[mutant]
-        folders[mutant] = tmp_path_factory.mktemp(f"lanczos_mutant{number}")
-        copy = folders[mutant] / "rmtkernels"
-        shutil.copytree(HEADERS, copy)
-        source = (copy / HEADER).read_text()
-        assert source.count(shipped) == 1, f"{mutant}: {HEADER} has changed"
-        (copy / HEADER).write_text(source.replace(shipped, broken))
-        builder.start_driver(build, SLICE, folders[mutant])
-    return folders
+def broken_headers(builder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return break_headers(builder, tmp_path_factory, SLICE, CHOSEN)
 
 
-@pytest.mark.parametrize("mutant", CHOSEN)
-def test_broken_kernel_is_found(builder, broken_sources: dict[str, Path], mutant: str) -> None:
-    build, message = MUTANTS[mutant][-2:]
-    done = run(builder.driver(build, SLICE, broken_sources[mutant]), 1)
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
+@pytest.mark.parametrize("name", CHOSEN)
+def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], name: str) -> None:
+    assert_found(builder, SLICE, broken_headers[name], CHOSEN[name])
 
 
 @prove

@@ -1,30 +1,19 @@
 """The kernels of lowrank_linear under the sanitizers, and with one line broken, which must be found: with
 RMTKERNELS_PROVE=1."""
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-HEADERS = ROOT / "csrc/include/rmtkernels"
+from tests.emulate.proof import SILENT, assert_found, assert_silent, break_headers, prove
+
 SLICE, HEADER = "lowrank_linear", "lowrank_linear.cuh"
-
-prove = pytest.mark.skipif("RMTKERNELS_PROVE" not in os.environ, reason="RMTKERNELS_PROVE=1 runs it")
-
-
-def run(program: Path, workers: int, schedule: str = "rand") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"EMU_WORKERS": str(workers), "EMU_SCHED": schedule, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 @prove
-@pytest.mark.parametrize(("build", "blocks"), [("thread", 1), ("thread", 2), ("memory", 1), ("wavefronts of 64", 1)])
+@pytest.mark.parametrize(("build", "blocks"), SILENT)
 def test_checkers_are_silent(builder, build: str, blocks: int) -> None:
-    done = run(builder.driver(build, SLICE), blocks)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+    assert_silent(builder, SLICE, build, blocks)
 
 
 # (text as shipped, text broken, build, what it says). The plain build says what the driver's reference found.
@@ -44,27 +33,15 @@ MUTANTS = {
         ("mine < p.columns ? mine : p.columns - 1", "mine", "memory", "heap-buffer-overflow"),
     "any address is taken for aligned": ("(p.weights) % 16 == 0", "(p.weights) % 1 == 0", "memory", "misaligned"),
 }  # fmt: skip
+IN_HEADER = {name: (HEADER, *mutant) for name, mutant in MUTANTS.items()}
 
 
 @pytest.fixture(scope="module")
 def broken_headers(builder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A copy of the headers for each mutant. All are sent to the compilers at once."""
-    folders = {}
-    for number, (mutant, (shipped, broken, build, _)) in enumerate(MUTANTS.items()):
-        folders[mutant] = tmp_path_factory.mktemp(f"lowrank_mutant{number}")
-        copy = folders[mutant] / "rmtkernels"
-        shutil.copytree(HEADERS, copy)
-        source = (copy / HEADER).read_text()
-        assert source.count(shipped) == 1, f"{mutant}: {HEADER} has changed"
-        (copy / HEADER).write_text(source.replace(shipped, broken))
-        builder.start_driver(build, SLICE, folders[mutant])
-    return folders
+    return break_headers(builder, tmp_path_factory, SLICE, IN_HEADER)
 
 
 @prove
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], mutant: str) -> None:
-    build, message = MUTANTS[mutant][-2:]
-    done = run(builder.driver(build, SLICE, broken_headers[mutant]), 1)
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
+@pytest.mark.parametrize("name", IN_HEADER)
+def test_broken_kernel_is_found(builder, broken_headers: dict[str, Path], name: str) -> None:
+    assert_found(builder, SLICE, broken_headers[name], IN_HEADER[name])

@@ -113,6 +113,9 @@ LAUNCHES = {
     "lowrank_linear": lambda library: library.rmtkernels_cuda_lowrank_linear(
         ctypes.byref((ctypes.c_int64 * 11)(*[0] * 6, *[1] * 4, 0)), None
     ),
+    "sliding_window": lambda library: library.rmtkernels_cuda_window_gram(
+        (ctypes.c_int64 * 16)(*[0] * 7, *[1] * 4, *[0] * 3, 1), None
+    ),
     "spectrum": lambda library: library.rmtkernels_cuda_spectrum_eigvalsh(
         None, None, ctypes.c_bool(False), ctypes.c_int64(128), ctypes.c_int64(1), None
     ),

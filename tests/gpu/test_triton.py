@@ -1,5 +1,6 @@
 """The Triton kernels on a GPU: against the oracles, bit for bit with themselves, and as the decode path needs them."""
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -10,12 +11,23 @@ from torch import Tensor
 from torch.nn import functional
 
 import rmtkernels
-from rmtkernels import covariance_update_, dispatch, lowrank_linear, spectrum_eigvalsh, window_push_
-from rmtkernels.reference import lowrank_linear_ref
+from rmtkernels import (
+    covariance_update_,
+    dispatch,
+    lanczos_eigh,
+    lowrank_linear,
+    spectrum_descriptors,
+    spectrum_descriptors_,
+    spectrum_eigvalsh,
+    window_gram,
+    window_push_,
+)
+from rmtkernels.reference import lanczos_orthonormalize_ref, lowrank_linear_ref
 from rmtkernels.reference.covariance import covariance_update_ref_
-from rmtkernels.reference.sliding_window import window_push_ref_
+from rmtkernels.reference.sliding_window import window_gram_ref, window_push_ref_
 from rmtkernels.triton import INTERPRETED
-from tests.helpers import State, empty_covariance, empty_state, normal, same_bits, same_state
+from tests.gpu.test_lanczos import check_orthonormal, orthonormalize_arguments
+from tests.helpers import State, empty_covariance, empty_state, gram_of, normal, same_bits, same_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,6 +140,46 @@ def test_a_bad_entry_spoils_its_matrix_alone_and_bits_do_not_depend_on_the_compa
     assert spoilt[3].isnan().all() and same_bits(spoilt[4:], values[4:]) and same_bits(spoilt[:3], values[:3])
 
 
+@pytest.mark.parametrize("dim", [3, 200, 4096])
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 17, 33, 64])
+def test_descriptors_are_those_of_the_cpu(window: int, dim: int) -> None:
+    rows = normal(3, 4, window, min(dim, 300), dtype=DOUBLE) + 2 * normal(3, 4, window, 1, seed=9, dtype=DOUBLE)
+    gram, _ = gram_of(rows * torch.tensor([1.0, 0.1, 30.0], dtype=DOUBLE)[:, None, None, None])
+    seen = torch.tensor([window, max(1, window - 2), 0, 10**6 + 1])
+    for center, joint, normalize, noise in itertools.product(
+        (True, False), (None, "none", "trace"), (None, "rms"), ("median", "trace")
+    ):
+        options = {"center": center, "joint": joint, "normalize": normalize, "noise": noise}
+        got = [x.cpu() for x in spectrum_descriptors(gram.cuda(), seen.cuda(), dim, backend="triton", **options)]
+        want = spectrum_descriptors(gram, seen, dim, **options)
+        assert ((got[1].double() - want[1]).abs() <= 1e-7 * want[1] + 1e-13 * want[1][..., :1].double()).all()
+        torch.testing.assert_close(got[0], want[0], rtol=3e-7, atol=3e-7)
+
+
+def test_descriptors_have_the_same_bits_in_any_run_and_company_do_not_wait_and_can_be_captured() -> None:
+    gram = gram_of(normal(4, 33, 64, 100))[0].cuda()
+    seen = torch.randint(0, 90, (33,), generator=torch.Generator().manual_seed(0)).cuda()
+    want = spectrum_descriptors(gram, seen, 100, backend="triton")
+    out = tuple(torch.full_like(x, torch.nan) for x in want)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [spectrum_descriptors(gram, seen, 100, backend="triton") for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(same_bits(got, right) for run in runs for got, right in zip(run, want, strict=True))
+    for layer, b in itertools.product(range(4), range(0, 33, 8)):
+        part = gram[layer : layer + 1, b : b + 1].contiguous()
+        alone = spectrum_descriptors(part, seen[b : b + 1], 100, backend="triton")
+        assert all(same_bits(a[0, 0], w[layer, b]) for a, w in zip(alone, want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        spectrum_descriptors_(*out, gram, seen, 100, backend="triton")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(same_bits, out, want))
+
+
 def assert_same(got: State, want: State) -> None:
     assert same_bits(got.ring.cpu(), want.ring) and same_bits(got.seen.cpu(), want.seen)
     unused, gram = want.gram.isnan(), got.gram.cpu()
@@ -203,6 +255,37 @@ def test_window_push_neither_waits_nor_allocates_and_can_be_captured() -> None:
     assert same_state(state, want)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT, HALF])
+@pytest.mark.parametrize(
+    ("batch", "steps", "dim", "window", "stride"), [(1, 1, 1, 1, 1), (2, 75, 1504, 33, 2), (3, 140, 70, 128, 5)]
+)
+def test_window_gram_agrees_with_the_oracle(
+    batch: int, steps: int, dim: int, window: int, stride: int, dtype: torch.dtype
+) -> None:
+    hidden, mask = normal(batch, steps, dim, dtype=dtype), normal(batch, steps, seed=1) > -1.5
+    hidden[-1, steps // 2, -1] = torch.inf
+    gram, seen = window_gram(hidden.cuda(), window, stride, mask.cuda(), backend="triton")
+    want, want_seen = window_gram_ref(hidden, window, stride, mask, dtype=DOUBLE)
+    norms = want.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert torch.equal(seen.cpu(), want_seen)
+    assert ((gram.cpu() - want).abs() <= 2.0**-21 * norms[..., None] * norms[..., None, :]).all()
+
+
+def test_window_gram_has_the_same_bits_in_any_run_and_company_and_does_not_wait() -> None:
+    hidden = normal(4, 300, 1024, dtype=BFLOAT).cuda()
+    want = window_gram(hidden, 32, 4, backend="triton")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [window_gram(hidden, 32, 4, backend="triton") for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(same_bits(got, right) for run in runs for got, right in zip(run, want, strict=True))
+    for b in range(4):
+        alone = window_gram(hidden[b : b + 1], 32, 4, backend="triton")
+        assert all(same_bits(got, right[b : b + 1]) for got, right in zip(alone, want, strict=True))
+
+
 @pytest.mark.parametrize(("state", "dtype"), [(FLOAT, FLOAT), (FLOAT, BFLOAT), (DOUBLE, DOUBLE)])
 def test_covariance_update_agrees_with_the_oracle(state: torch.dtype, dtype: torch.dtype) -> None:
     empty = empty_covariance(200, state)
@@ -230,6 +313,46 @@ def test_covariance_update_does_not_wait() -> None:
         covariance_update_(*state, batch, backend="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE])
+@pytest.mark.parametrize(
+    "shape", [(1, 0, 1), (8, 0, 64), (20, 9, 4096), (8, 448, 4096), (3, 2047, 2048), (208, 5, 300)]
+)
+def test_lanczos_orthonormalize_matches_the_oracle(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    arguments = orthonormalize_arguments(*shape, dtype)
+    operator = torch.ops.rmtkernels.lanczos_orthonormalize_triton
+    got = operator(*arguments)
+    check_orthonormal(arguments, *got)
+    if shape[0] < shape[2] - shape[1]:
+        eps = torch.finfo(dtype).eps
+        for one, other in zip(got, lanczos_orthonormalize_ref(*arguments[:2]), strict=True):
+            assert (one - other).abs().max() <= 3000 * eps * max(1.0, float(other.abs().max())) if one.numel() else True
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = operator(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(same_bits, got, again))
+
+
+def test_lanczos_orthonormalize_replaces_rows_that_depend_on_others() -> None:
+    for dtype in (FLOAT, DOUBLE):
+        arguments = orthonormalize_arguments(8, 100, 3000, dtype)
+        rows, basis = arguments[:2]
+        rows[3], rows[5], rows[6] = rows[1], 0, basis[:8].sum(0)
+        unit, triangle, products = torch.ops.rmtkernels.lanczos_orthonormalize_triton(*arguments)
+        check_orthonormal(arguments, unit, triangle, products)
+        assert (triangle.diagonal()[[3, 5, 6]] <= arguments[3]).all()
+
+
+def test_a_lanczos_search_by_triton() -> None:
+    vectors = torch.linalg.qr(normal(700, 700, dtype=DOUBLE))[0]
+    exact = torch.arange(1, 701, dtype=DOUBLE) ** -0.5
+    matrix = (vectors * exact @ vectors.mT).cuda()
+    found = lanczos_eigh(((matrix + matrix.mT) / 2), 20, backend="triton")
+    assert found.complete and ((found.eigenvalues.cpu() - exact[:20]).abs() <= 1e-10).all()
 
 
 def test_runs_on_the_current_stream() -> None:
@@ -271,7 +394,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 
 def test_without_the_cuda_library_triton_is_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    for operator in ("spectrum_eigvalsh", "window_push_"):
+    for operator in ("spectrum_eigvalsh", "spectrum_descriptors_", "window_push_", "window_gram", "lanczos_multiply"):
         monkeypatch.setitem(dispatch._available, (operator, "cuda"), "not built")
         assert dispatch.select(operator, torch.device("cuda")) == "triton"
     matrices = normal(4, 16, 16).cuda()
@@ -279,3 +402,5 @@ def test_without_the_cuda_library_triton_is_the_automatic_choice(monkeypatch: py
     monkeypatch.setattr(dispatch, "_warned", set())
     with pytest.warns(RuntimeWarning, match="takes N up to 64"):
         spectrum_eigvalsh(normal(2, 65, 65).cuda())
+    with pytest.warns(RuntimeWarning, match="takes N up to 64"):
+        spectrum_descriptors(torch.eye(65).cuda()[None, None], torch.tensor([65]).cuda(), 100)

@@ -33,6 +33,8 @@ def test_an_operator_without_a_kernel_is_claimed_nothing() -> None:
     [
         # 32 layers, a row of 8 KB: read twice and 31 rows of the ring, 64 floats of the Gram matrix; by hand on an H100
         (work.push(1, 32), 32 * (33 * 8192 + 256), 2 * 32 * 33 * 4096, 32 * (33 * 8192 + 256) / 3.35e12),
+        # 2048 rows of 8 KB; for each 32 × 32 floats and a counter
+        (work.gram(2048, 32), 2048 * (8192 + 4096 + 8), 2 * 2048 * 32 * 4096, 2048 * 12296 / 3.35e12),
         (work.multiply(4096), 4 * (4096**2 + 16 * 4096), 16 * 4096**2, 4 * (4096**2 + 16 * 4096) / 3.35e12),
         (work.lowrank(1, 256, "bfloat16"), 2 * (2 * 256 * 4096 + 8192), 4 * 256 * 4096, 4210688 / 3.35e12),
         (work.covariance(8192, "float32"), 4 * (10**5 * 8192 + 8192 * 8193), 10**5 * 8192 * 8193, 6.7117056e12 / 67e12),

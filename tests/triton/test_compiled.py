@@ -14,7 +14,16 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from rmtkernels.triton import covariance, lowrank_linear, sliding_window, spectrum  # noqa: E402
+from rmtkernels.ops.law_table import law_table_size  # noqa: E402
+from rmtkernels.triton import (  # noqa: E402
+    covariance,
+    lanczos,
+    lowrank_linear,
+    sliding_window,
+    sliding_window_gram,
+    spectrum,
+    spectrum_descriptors,
+)
 from tests.triton.compile_only import TARGETS, Resources, compile_only, resources  # noqa: E402
 
 BUDGET = Path(__file__).with_name("budget.json")
@@ -41,6 +50,14 @@ def eigenvalues(n: int, dtype: torch.dtype) -> Launch:
     return lambda: spectrum.spectrum_eigvalsh(torch.empty(32, n, n, dtype=dtype))
 
 
+def descriptors(window: int, joint: int, noise: int) -> Launch:
+    spectra = 1 if joint else 3
+    buffers = torch.empty(spectra, 4, 24), torch.empty(spectra, 4, window), torch.empty(3, 4, window, window)
+    laws = torch.empty(law_table_size(window), dtype=DOUBLE)
+    rest = torch.empty(4, dtype=torch.int64), laws, 4096, joint != 1, joint, joint != 1, noise
+    return lambda: spectrum_descriptors.spectrum_descriptors_(*buffers, *rest)
+
+
 def push(dtype: torch.dtype, masked: bool, steps: int | None) -> Launch:
     ring, gram = torch.empty(32, 4, 32, 4096, dtype=dtype), torch.empty(32, 4, 32, 32)
     shape = (4, 4096) if steps is None else (4, steps, 4096)
@@ -49,10 +66,20 @@ def push(dtype: torch.dtype, masked: bool, steps: int | None) -> Launch:
     return lambda: sliding_window.window_push_(ring, gram, seen, rows, mask if masked else None)
 
 
+def windows(dtype: torch.dtype, masked: bool, shape: tuple[int, int, int], window: int) -> Launch:
+    hidden, mask = torch.empty(*shape, dtype=dtype), torch.empty(shape[:2], dtype=torch.bool)
+    return lambda: sliding_window_gram.window_gram(hidden, window, 1, mask if masked else None)
+
+
 def update(state: torch.dtype, dtype: torch.dtype) -> Launch:
     mean, totals = torch.zeros(1024, dtype=DOUBLE), torch.ones(5, dtype=DOUBLE)
     scatter, batch, weights = torch.zeros(1024, 1024, dtype=state), torch.ones(256, 1024, dtype=dtype), torch.ones(256)
     return lambda: covariance.covariance_update_(mean, scatter, totals, batch, weights, None, 0.9)
+
+
+def block_step(dtype: torch.dtype, count: int, size: int, dim: int) -> Launch:
+    rows, basis, noise = (torch.empty(vectors, dim, dtype=dtype) for vectors in (count, size, count))
+    return lambda: lanczos.lanczos_orthonormalize(rows, basis, noise, torch.zeros((), dtype=DOUBLE), 1)
 
 
 LAUNCHES: dict[str, Launch] = {
@@ -64,10 +91,19 @@ LAUNCHES: dict[str, Launch] = {
     "lowrank_linear gradient f32 k=128": gradient(128, FLOAT),
     **{f"spectrum_eigvalsh f64 n={n}": eigenvalues(n, DOUBLE) for n in spectrum.WARPS},
     "spectrum_eigvalsh f32 n=64": eigenvalues(64, FLOAT),
+    "spectrum_descriptors_ n=64, joint": descriptors(64, 2, 0),
+    "spectrum_descriptors_ n=32": descriptors(32, 0, 0),
+    "spectrum_descriptors_ n=16, joint, as they are": descriptors(16, 1, 1),
     "window_push_ bf16": push(BFLOAT, True, None),
     "window_push_ f32, two steps": push(FLOAT, False, 2),
+    "window_gram bf16": windows(BFLOAT, True, (4, 512, 4096), 64),
+    "window_gram f32": windows(FLOAT, False, (4, 512, 4096), 64),
+    "window_gram f16, all sizes 1": windows(HALF, True, (1, 1, 1), 1),
     "covariance_update_ f32, bf16 rows": update(FLOAT, BFLOAT),
     "covariance_update_ f64": update(DOUBLE, DOUBLE),
+    "lanczos_orthonormalize f32": block_step(FLOAT, 8, 256, 4096),
+    "lanczos_orthonormalize f64": block_step(DOUBLE, 8, 256, 4096),
+    "lanczos_orthonormalize f32, all sizes 1": block_step(FLOAT, 1, 1, 3),
 }
 
 
@@ -83,7 +119,13 @@ def measured(target: str, name: str) -> dict[str, Resources]:
 
 
 PROVE = os.environ.get("RMTKERNELS_PROVE") == "1"
-QUICK = ("lowrank_linear bf16 k=64", "lowrank_linear f32 k=64", "spectrum_eigvalsh f64 n=64", "window_push_ bf16")
+QUICK = (
+    "lowrank_linear bf16 k=64",
+    "lowrank_linear f32 k=64",
+    "spectrum_eigvalsh f64 n=64",
+    "window_push_ bf16",
+    "window_gram bf16",
+)
 TRIALS = [(target, name) for target in TARGETS for name in LAUNCHES if PROVE or (target == "sm_90" and name in QUICK)]
 
 

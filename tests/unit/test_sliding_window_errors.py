@@ -124,6 +124,12 @@ def test_more_rows_than_can_be_counted_are_refused() -> None:
         state.update([torch.zeros(4, 1, 0).expand(4, 2**61, 0)])
 
 
+@pytest.mark.parametrize("shape", [(4, 2**61, 0), (1, 2**20, 2**42)])
+def test_sequences_whose_products_cannot_be_counted_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="too many"):
+        window_gram(torch.zeros(1, 1, min(shape[2], 1)).expand(shape), 3)
+
+
 def test_freed_rows_are_refused() -> None:
     state = rmtkernels.SlidingWindow(1, 2, 4, 8)
     row = torch.ones(2, 8)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmtkernels import BackendError, dispatch, lowrank_linear
-from rmtkernels.triton import FORMS
+from rmtkernels.triton import FORMS, PRODUCTS
 
 LIMITS = sys.modules["rmtkernels.ops.lowrank_linear"]
 CUDA = torch.device("cuda")
@@ -96,11 +96,20 @@ def test_on_a_gpu_cuda_comes_first_then_triton_then_the_reference(monkeypatch: p
         assert dispatch.select(operator, CUDA) == "reference"
 
 
+@pytest.mark.parametrize("operator", [*FORMS, *PRODUCTS])
+def test_every_form_takes_the_place_of_a_cuda_kernel_that_is_not_built(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dispatch._available, (operator, "cuda"), "not built")
+    monkeypatch.setitem(dispatch._available, (operator, "triton"), "available")
+    assert dispatch.select(operator, CUDA) == "triton"
+
+
 @pytest.mark.skipif(dispatch.triton.INTERPRETED, reason="the interpreter takes tensors of the CPU")
 def test_forced_triton_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(BackendError, match="backend 'triton' was asked for, but the tensors are on 'cpu'"):
         lowrank_linear(torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(4, 1), backend="triton")
-    assert dispatch.backends("window_gram")["triton"] == "no triton kernel yet"
+    assert dispatch.triton.status("nothing") == "no triton kernel yet"
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match=r"no GPU|not installed"):
             dispatch.select("lowrank_linear", CUDA, "triton")

@@ -8,6 +8,7 @@
 // depends on the listed rows alone: rows that are skipped leave the same bits as rows that never came. No atomics.
 #pragma once
 
+#include "rmtkernels/block_scan.cuh"
 #include "rmtkernels/covariance.h"
 #include "rmtkernels/gpu.cuh"
 #include "rmtkernels/pack.cuh"
@@ -131,26 +132,6 @@ __global__ void __launch_bounds__(kSampleThreads)
   if (lane == 0) given[row] = weight;
 }
 
-// The listed rows that come before this thread's `mine`, within the block. `room`: a count per warp, free after the
-// next barrier. *all: of the block.
-__device__ __forceinline__ int rows_before(int mine, int* room, int* all) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int before = mine;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, before, offset);
-    if (lane >= offset) before += other;
-  }
-  if (lane == kWarpSize - 1) room[warp] = before;
-  __syncthreads();
-  *all = 0;
-  for (int w = 0; w < kSelectThreads / kWarpSize; ++w) {
-    if (w == warp) before += *all;
-    *all += room[w];
-  }
-  return before - mine;
-}
-
 // One block: lists the rows that count in their order, and adds their weights up.
 __global__ void __launch_bounds__(kSelectThreads)
     covariance_select_kernel(const CovarianceBatch batch, const double largest, const CovarianceWork work) {
@@ -170,7 +151,7 @@ __global__ void __launch_bounds__(kSelectThreads)
       bad += given[i] == kGivenBadWeight;
     }
     int all;
-    int64_t place = listed + rows_before(mine, counts[turn], &all);
+    int64_t place = listed + exclusive_sum<kSelectThreads>(mine, counts[turn], &all);
 #pragma unroll
     for (int i = 0; i < kRowsPerSelector; ++i) {
       if (!(given[i] > 0)) continue;

@@ -20,6 +20,15 @@ enum SeenColumn : int {
   kSeenColumns = 3
 };
 
+// Whole sequences, for window_gram: element d of row t of sequence b is data[b * batch_stride + t * step_stride + d *
+// dim_stride].
+struct GramRows {
+  const void* data;
+  const bool* mask;  // null: every row is offered
+  int64_t batch_stride, step_stride, dim_stride, mask_batch_stride, mask_step_stride;
+  int64_t batch, steps, dim, window;
+};
+
 inline namespace RMT_ISA {
 
 // Slot that the next accepted row of a sequence takes.

@@ -1,5 +1,7 @@
-"""window_push_ in the checked interpreter: against the oracle, skipped rows, layouts, launches, planted bugs."""
+"""window_push_ and window_gram in the checked interpreter: against the oracle, skipped rows, layouts, planted bugs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -8,9 +10,10 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from rmtkernels import DtypeError, ShapeError, window_push_
-from rmtkernels.reference.sliding_window import window_push_ref_
+from rmtkernels import DtypeError, ShapeError, window_gram, window_push_
+from rmtkernels.reference.sliding_window import window_gram_ref, window_push_ref_
 from rmtkernels.triton import sliding_window as shipped
+from rmtkernels.triton import sliding_window_gram as shipped_gram
 from tests.helpers import LAYOUTS, State, empty_state, normal, rows_in_layout, same_bits, same_state
 from tests.triton.checked import Counts
 from tests.triton.mutants import chosen, mutant
@@ -176,4 +179,132 @@ def test_the_shipped_kernel_is_not_found_broken(monkeypatch: pytest.MonkeyPatch)
 def test_a_broken_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     text, broken, finding = MUTANTS[name]
     found = first_wrong_push(mutant(tmp_path, "sliding_window", text, broken), monkeypatch)
+    assert found is not None and any(word in found for word in finding.split("|")), found
+
+
+@contextmanager
+def empty_memory_is_nan() -> Iterator[None]:
+    """What PyTorch allocates and nobody writes is NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_windows(hidden: Tensor, window: int, stride: int, mask: Tensor | None, module: ModuleType | None) -> None:
+    """The operator's windows, or a module's, are the oracle's to the rounding of float32 products."""
+    with empty_memory_is_nan():
+        gram, seen = (
+            window_gram(hidden, window, stride, mask, backend="triton")
+            if module is None
+            else module.window_gram(hidden, window, stride, mask)
+        )
+    want, want_seen = window_gram_ref(hidden, window, stride, mask, dtype=torch.float64)
+    norms = want.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert torch.equal(seen, want_seen)
+    assert ((gram - want).abs() <= 2.0**-22 * norms[..., None] * norms[..., None, :]).all()
+    assert same_bits(gram, gram.mT)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:-1])
+@pytest.mark.parametrize(
+    ("steps", "dim", "window", "stride", "dtype"),
+    [(1, 1, 1, 1, FLOAT), (7, 5, 3, 2, BFLOAT), (40, 9, 35, 6, HALF), (3, 140, 128, 1, FLOAT)],
+)
+def test_windows_agree_with_the_oracle(
+    steps: int, dim: int, window: int, stride: int, dtype: torch.dtype, layout: str
+) -> None:
+    hidden = rows_in_layout(layout, 2, steps, dim, seed=steps, dtype=dtype, scale=1.0)
+    mask = None if steps % 2 else (normal(steps, 2, seed=3) > -0.5).T
+    assert_windows(hidden, window, stride, mask, None)
+
+
+def test_windows_skip_what_is_not_finite_and_what_is_masked() -> None:
+    hidden = normal(3, 12, 10)
+    hidden[0, 3, 7], hidden[0, 4, 0], hidden[1, :, 2], hidden[2, 11] = torch.nan, -torch.inf, 1e25, 1e19
+    hidden[2, 0] = (3.4028234663852886e38 / 10) ** 0.5 * 0.999
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[0, 8:11] = mask[2, 5] = False
+    assert_windows(hidden, 4, 3, mask, None)
+    gram, seen = window_gram(hidden, 4, 3, mask, backend="triton")
+    assert seen[1].tolist() == [0] * 4 and not gram[1].any()
+
+
+def test_windows_move_rows_once_for_each_pair_of_tiles(counts: Counts) -> None:
+    batch, steps, dim, window = 2, 96, 64, 33
+    window_gram(normal(batch, steps, dim), window, 8, backend="triton")
+    tiles, pairs, windows = steps // shipped_gram.TILE, 5, steps // 8
+    band = sum(min(row + 1, window) for row in range(steps))
+    used = sum(min(8 * (w + 1), window) ** 2 for w in range(windows))
+    programs = windows * -(-window // shipped_gram.SLOTS)
+    rows = steps * dim + 2 * pairs * shipped_gram.TILE * (dim + 2)
+    assert tiles == 3 and counts.product_flops == batch * pairs * 2 * shipped_gram.TILE**2 * dim
+    assert counts.stored == batch * (8 * steps + 4 * band + 4 * windows * window**2)
+    assert counts.loaded == batch * (4 * rows + 8 * 2 * tiles + 8 * programs + 4 * used)
+
+
+def test_windows_of_a_sequence_do_not_depend_on_the_others() -> None:
+    hidden = normal(3, 9, 20, dtype=BFLOAT)
+    together = window_gram(hidden, 4, 2, backend="triton")
+    for b in range(3):
+        assert all(
+            map(same_bits, window_gram(hidden[b : b + 1], 4, 2, backend="triton"), (x[b : b + 1] for x in together))
+        )
+    assert window_gram(hidden[:0], 4, 2, backend="triton")[0].shape == (0, 4, 4, 4)
+    assert window_gram(hidden[:, :1], 4, 2, backend="triton")[0].shape == (3, 0, 4, 4)
+
+
+def test_window_gram_opcheck_and_typed_errors() -> None:
+    operator = torch.ops.rmtkernels.window_gram_triton.default
+    torch.library.opcheck(operator, (normal(2, 7, 9, dtype=BFLOAT), 4, 3, normal(2, 7) > 0))
+    for error, change in (
+        (ShapeError, {"window": 129}),
+        (ShapeError, {"stride": 0}),
+        (DtypeError, {"mask": torch.ones(2, 7)}),
+    ):
+        with pytest.raises(error):
+            operator(**{"hidden": normal(2, 7, 9), "window": 4, **change})
+
+
+ROW_MASK = "mask=(row < count)[:, None] & (i < dim)[None, :],"
+GRAM_MUTANTS = {
+    "columns past the row are multiplied": (ROW_MASK, "mask=(row < count)[:, None] & (i <= dim)[None, :],", "bounds"),
+    "skipped rows are multiplied": ("data + row_step[:, None] *", "data + row[:, None] *", "values"),
+    "a mask is not heard": ("offered & (tl.load(at, mask=inside, other=0).to(tl.int32) != 0)", "inside", "values"),
+    "what is not finite is accepted": ("(offered & finite)", "offered", "values"),
+    "the band is a column too wide": ("(lag < window))", "(lag <= window))", "place|race"),
+    "both halves of a tile are stored": ("& (lag >= 0)", "", "place"),
+    "tiles before are left out": ("triton.cdiv(window - 1, TILE) + 1", "1", "values"),
+    "products in TF32": ('input_precision="ieee"', 'input_precision="tf32"', "values"),
+    "slots are turned": ("(newest + window - i)", "(newest + window + 1 - i)", "values"),
+    "slots not in use are read": ("inside & (row >= 0) & (column >= 0)", "inside", "bounds"),
+    "another window's place": ("gram + (number * window + i)", "gram + i", "race"),
+    "another window's rows": ("tl.load(seen + number)", "tl.load(seen)", "values"),
+}  # fmt: skip
+
+
+def test_the_shipped_windows_are_not_found_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert first_wrong_window(shipped_gram, monkeypatch) is None
+
+
+def first_wrong_window(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What finds it, if windows of sequences with skipped rows are not the oracle's; in smaller tiles than shipped."""
+    monkeypatch.setattr(module, "TILE", 16)
+    hidden, mask = normal(2, 21, 33), normal(2, 21, seed=1) > -1
+    hidden[1, 2, 3] = torch.inf
+    mask[1, 2] = mask[1, -1] = True
+    try:
+        assert_windows(hidden, 7, 3, mask, module)
+    except InterpreterError as error:
+        return str(error)
+    except AssertionError:
+        return "values"
+    return None
+
+
+@pytest.mark.parametrize("name", chosen(GRAM_MUTANTS))
+def test_a_broken_window_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    text, broken, finding = GRAM_MUTANTS[name]
+    found = first_wrong_window(mutant(tmp_path, "sliding_window_gram", text, broken), monkeypatch)
     assert found is not None and any(word in found for word in finding.split("|")), found
