@@ -16,7 +16,7 @@ setup(
     package_dir={"rmtkernels": "rmtkernels", **{name: f"python/{name}" for name in SYSTEMS if "." not in name}},
     package_data={
         "rmtkernels": ["py.typed"],
-        "eigentrack": ["py.typed", "detectors/*/*"],
+        "eigentrack": ["py.typed", "detectors/*/*", "page/*"],
         "rmtkd": ["py.typed"],
     },
     include_package_data=False,

@@ -1,9 +1,14 @@
-"""`eigentrack watch`: generate from prompts and see the spectra of the hidden states."""
+"""Shows the spectra of a language model's hidden states: "eigentrack watch" generates from prompts and prints them as
+they come, "eigentrack report" makes a page of a recording."""
 
 import argparse
 import importlib
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +28,7 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 1 with one line on standard error if the model cannot be loaded or watched.
+    """Exit status 0; 1 with one line on standard error if something failed; 130 if it was interrupted (Ctrl-C).
 
     argparse ends the process with status 2 if the arguments are wrong.
     """
@@ -32,29 +37,45 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without Greek letters gets question marks
     arguments = _parser().parse_args(argv)
     try:
-        _watch(arguments)
+        found = arguments.command(arguments)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rmtkernels[{_extra(arguments)}]'")
     except (EigenTrackError, OSError) as error:
         return _fail(str(error))
+    if arguments.json:
+        print(json.dumps(found, indent=2))
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     print(f"eigentrack: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _extra(arguments: argparse.Namespace) -> str:
     """The extra of our package that brings what these arguments need: GGUF files take more than the others."""
-    return "demo" if arguments.demo or Path(arguments.model).suffix == ".gguf" else "eigentrack"
+    if arguments.command is _watch and (arguments.demo or Path(arguments.model).suffix == ".gguf"):
+        return "demo"
+    return "eigentrack"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eigentrack", description=__doc__)
-    watch = parser.add_subparsers(required=True).add_parser(
-        "watch", help="print each token with its spectral descriptors"
-    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    watch = commands.add_parser("watch", help="print each token with its spectral descriptors")
+    _add_watch(watch)
+    report = commands.add_parser("report", help="make one HTML page of a recording")
+    _add_report(report)
+    for command, function in ((watch, _watch), (report, _report)):
+        command.add_argument("--json", action="store_true", help="print JSON, and nothing else, on standard output")
+        command.add_argument("--quiet", action="store_true", help="no progress: results only")
+        command.set_defaults(command=function)
+    return parser
+
+
+def _add_watch(watch: argparse.ArgumentParser) -> None:
     source = watch.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a folder, a Hugging Face id, or a .gguf file")
     source.add_argument(
@@ -90,9 +111,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"where to draw eigenvalues and entropy over time ({', '.join(PICTURES)})",
     )
+    watch.add_argument(
+        "--report", type=Path, metavar="FILE", help="where to write a page of it: one HTML file that loads nothing"
+    )
+    watch.add_argument(
+        "--live", action="store_true", help="serve that page on this machine while the model generates; ends with it"
+    )
     watch.add_argument("--threads", type=_number(1), metavar="N", help="CPU threads (default: PyTorch's choice)")
     watch.add_argument("--no-colour", action="store_true")
-    return parser
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("recording", type=Path, metavar="FILE", help="what track.save wrote")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: FILE with .html in place)")
+    report.add_argument("--tokenizer", metavar="NAME", help="a folder or a Hugging Face id, for the text of the tokens")
+    report.add_argument("--prompt", action="append", help="what was answered, once for each sequence of the batch")
+    report.add_argument(
+        "--detector", metavar="FOLDER", help="whose risks (if the recording has none) and threshold are shown"
+    )
 
 
 def _number(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -117,9 +153,10 @@ def _picture(text: str) -> Path:
     return Path(text)
 
 
-def _watch(arguments: argparse.Namespace) -> None:
+def _watch(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
+    from eigentrack.live import Live
     from eigentrack.watch import watch
 
     prompts = arguments.prompt or (DEMO_PROMPTS if arguments.demo else ())
@@ -132,20 +169,91 @@ def _watch(arguments: argparse.Namespace) -> None:
         importlib.import_module("matplotlib")  # if it is missing, say so before the model has talked
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    model, tokenizer = _load(arguments)
     if detector is not None:
         options["detector"] = detector
-    colour = sys.stdout.isatty() and not arguments.no_colour
+    shown = sys.stderr if arguments.json else sys.stdout
+    options["colour"] = shown.isatty() and not arguments.no_colour
+    options["max_new_tokens"] = arguments.max_new_tokens
+    options["write"] = _nothing if arguments.quiet else partial(print, file=shown)
     runs = []
-    for prompt in prompts:
-        print()
-        runs.append(watch(model, tokenizer, prompt, max_new_tokens=arguments.max_new_tokens, colour=colour, **options))
-        _summary(runs[-1])
+    with Live() if arguments.live else nullcontext() as live:
+        if live is not None:
+            print(f"live: {live.url}", file=sys.stderr, flush=True)  # also if all else is to be quiet
+        model, tokenizer = _load(arguments)
+        for prompt in prompts:
+            options["write"]("")
+            runs.append(watch(model, tokenizer, prompt, live=live, **options))
+            if not arguments.json:
+                _summary(runs[-1])
+    return {"runs": [_fields(run) for run in runs]} | _pages(arguments, runs, tokenizer)
+
+
+def _nothing(line: str) -> None:
+    """In place of print."""
+
+
+def _fields(run: "Watched") -> dict[str, Any]:
+    """What a program wants to know of a run."""
+    return {
+        "prompt": run.prompt,
+        "answer": run.text,
+        "risk": None if run.risk is None else run.risk.tolist(),
+        "threshold": run.threshold,
+        "layers": run.layers,
+        "overhead": asdict(run.overhead),
+    }
+
+
+def _pages(arguments: argparse.Namespace, runs: Sequence["Watched"], tokenizer: Any) -> dict[str, str]:
+    """Writes picture and page, if they are wanted, and says where."""
+    written = {}
     if arguments.picture:
         from eigentrack.plot import plot_spectra
 
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-        print(f"\npicture: {plot_spectra(runs, arguments.picture)}")
+        written["picture"] = str(plot_spectra(runs, arguments.picture))
+    if arguments.report:
+        from eigentrack.report import runs_of, write_report
+
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
+        pages = [runs_of(run.recording, tokenizer, [run.prompt], run.threshold) for run in runs]
+        write_report(arguments.report, [one for page in pages for one in page])
+        written["report"] = str(arguments.report)
+    if not arguments.json:
+        for what, path in written.items():
+            print(f"\n{what}: {path}")
+    return written
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, str]:
+    from dataclasses import replace
+
+    from eigentrack.detector import Detector
+    from eigentrack.recording import load
+    from eigentrack.report import runs_of, write_report
+
+    recording = load(arguments.recording)
+    detector = None if arguments.detector is None else Detector.from_pretrained(arguments.detector)
+    threshold = detector.threshold if detector is not None and detector.calibrated else None
+    if detector is not None and recording.risk is None:
+        recording = replace(recording, risk=detector.score(recording))
+    path = arguments.output or arguments.recording.with_suffix(".html")
+    runs = runs_of(recording, _tokenizer(arguments.tokenizer), arguments.prompt, threshold)
+    write_report(path, runs)
+    if not arguments.json:
+        print(f"report: {path}")
+    return {"report": str(path)}
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise EigenTrackError(f"cannot load the tokenizer {name}: {error}") from error
 
 
 def _detector(arguments: argparse.Namespace, default: bool) -> "Detector | None":
@@ -172,7 +280,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from eigentrack.loading import demo_model, load_causal_lm
 
     name = demo_model() if arguments.demo else arguments.model
-    print(f"loading {name.name if arguments.demo else name}", flush=True)
+    if arguments.quiet:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    else:
+        told = f"loading {name.name if arguments.demo else name}"
+        print(told, file=sys.stderr if arguments.json else None, flush=True)
     try:
         return load_causal_lm(name)
     except (OSError, ValueError) as error:

@@ -64,6 +64,15 @@ def write(path: str | Path, kind: str, version: int, tensors: Mapping[str, Tenso
     content = _in_order(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, header))
     if int.from_bytes(content[:8], "little") > MAX_HEADER:
         raise FileFormatError(f"the description of {path} is longer than {MAX_HEADER} bytes; watch fewer layers")
+    write_whole(path, content)
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Writes beside `path` and renames.
+
+    Raises:
+        OSError: if it cannot be written, or `path` names no file.
+    """
     path = Path(path)
     if not path.name:
         raise IsADirectoryError(f"cannot write to {str(path)!r}: give a path that ends with the name of a file")

@@ -28,6 +28,7 @@ from eigentrack.taps import (
     module_names,
     refuse_unsupported,
     select_layers,
+    without_adapter,
 )
 from eigentrack.windows import Windows
 from rmtkernels import DESCRIPTORS
@@ -50,7 +51,8 @@ class EigenTrack(Readings):
     Layers, window, and how spectra are made are the detector's if there is one and they are not given.
 
     Args:
-        model: the model. Enter before it is compiled: what is compiled inside the block is watched.
+        model: the model. Enter before it is compiled: what is compiled inside the block is watched. Of a wrapper of
+            PEFT, the model inside.
         layers: "every:k" (each k-th block, counted from the last; default "every:3"), "all", or block indices.
         spectra: "per_layer" (default) for one spectrum per layer, "joint" for one of the layers' summed Gram matrices.
         window: N, the number of activations per window, 1 to 128; default 32.
@@ -114,6 +116,7 @@ class EigenTrack(Readings):
             "noise": noise,
             "layer_scale": layer_scale,
         }
+        model = without_adapter(model)
         if detector is not None:
             detector.check_model(model, tokenizer, stacklevel=3)
         options = chosen_options(model, detector, given)

@@ -8,12 +8,14 @@ from torch import nn
 
 from eigentrack.errors import EigenTrackError, TapError
 from eigentrack.files import CHOICES
+from rmtkernels import DESCRIPTORS
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 if TYPE_CHECKING:
     from eigentrack.detector import Detector
 
 TAPS = ("residual", "mlp")
+FEW = ("share_1", "entropy", "participation", "above_edge")  # descriptors, where there is room for some only
 _DEFAULTS: dict[str, Any] = {
     "layers": "every:3",
     "spectra": "per_layer",
@@ -26,6 +28,17 @@ _DEFAULTS: dict[str, Any] = {
     "noise": "median",
     "layer_scale": "trace",
 }
+
+
+def descriptor_columns(names: Sequence[str]) -> dict[str, int]:
+    """Where descriptors of one spectrum stand.
+
+    Raises:
+        EigenTrackError: if one is unknown.
+    """
+    if isinstance(names, str) or not set(names) <= set(DESCRIPTORS):
+        raise EigenTrackError(f"descriptors must list some of {', '.join(DESCRIPTORS)}, got {names!r}")
+    return {name: DESCRIPTORS.index(name) for name in names}
 
 
 class _NotGiven:
@@ -50,10 +63,14 @@ def chosen_options(model: nn.Module, detector: "Detector | None", given: dict[st
     for name in ("spectra", "start", "normalize", "noise", "layer_scale"):
         _check_choice(name, options[name], CHOICES[name])
     _check_choice("tap", options["tap"], TAPS)
-    window = options["window"]
+    check_window(options["window"])
+    return options
+
+
+def check_window(window: object) -> None:
+    """Raises EigenTrackError unless it is a possible N."""
     if type(window) is not int or not 1 <= window <= MAX_WINDOW:
         raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
-    return options
 
 
 _NO_MODULES = ("modules", None)

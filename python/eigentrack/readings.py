@@ -1,14 +1,16 @@
 """What the user reads of a monitor."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from eigentrack.errors import EigenTrackError
 from eigentrack.files import Settings
 from eigentrack.recording import Recording, current_versions
+from eigentrack.report import runs_of, write_report
 from eigentrack.windows import Windows
 
 if TYPE_CHECKING:
@@ -99,6 +101,23 @@ class Readings:
             OSError: if the file cannot be written, or `path` names no file.
         """
         self.recording().save(path)
+
+    def report(self, path: str | Path, tokenizer: Any = None, prompts: Sequence[str] | None = None) -> None:
+        """Writes the request as it stands to one HTML page that loads nothing: tokens coloured by risk, descriptors,
+        eigenvalues, and where the detector's threshold would have stopped it.
+
+        Args:
+            path: of the page.
+            tokenizer: for the tokens' text; without it they are numbers.
+            prompts: of each sequence, to be shown above it.
+
+        Raises:
+            EigenTrackError: if nothing has been watched yet.
+            MismatchError: if there are not as many prompts as sequences.
+            OSError: if the file cannot be written, or `path` names no file.
+        """
+        threshold = self.detector.threshold if self.detector is not None and self.detector.calibrated else None
+        write_report(path, runs_of(self.recording(), tokenizer, prompts, threshold))
 
     # What the monitor is set to
 

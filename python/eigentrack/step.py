@@ -1,7 +1,8 @@
 """What one step of a watched generation shows, while the model generates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from eigentrack.files import Settings
@@ -20,6 +21,7 @@ class Step:
         rows: (B,) int64, how many activations each window holds, 0 to N.
         settings: the monitor's.
         risk: (B,) float32, as `track.risk[:, t]`; None without a detector.
+        eigenvalues: (B, S, N) float32, as `track.eigenvalues[:, t]`.
     """
 
     index: int
@@ -29,6 +31,7 @@ class Step:
     rows: Tensor
     settings: Settings | None = None
     risk: Tensor | None = None
+    eigenvalues: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def read_step(history: History, index: int, settings: Settings | None = None) -> Step:
@@ -46,4 +49,5 @@ def read_step(history: History, index: int, settings: Settings | None = None) ->
         seen[:, 0].clamp(max=window),
         settings,
         risk,
+        history.eigenvalues[index].transpose(0, 1).masked_fill(~watched[:, None, None], float("nan")),
     )

@@ -14,6 +14,16 @@ from rmtkernels.ops.sliding_window import ACTIVATION_DTYPES
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")
 
 
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper of PEFT, adapters and all, or the model itself.
+
+    It runs every pass of the wrapper's, and generate() calls it alone: hooks on the wrapper would see nothing.
+    """
+    get_base_model = getattr(model, "get_base_model", None)
+    base = get_base_model() if callable(get_base_model) else None
+    return base if isinstance(base, nn.Module) else model
+
+
 def find_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer: the largest outermost `nn.ModuleList`, by parameters.
 

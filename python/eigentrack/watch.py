@@ -9,31 +9,48 @@ import torch
 from torch import Tensor
 
 from eigentrack.clock import Overhead
+from eigentrack.live import Live
 from eigentrack.monitor import EigenTrack
+from eigentrack.options import FEW
+from eigentrack.recording import Recording, current_versions
 from eigentrack.step import Step
 from rmtkernels import DESCRIPTORS
 
 # 256-colour codes from calm to alarmed; the risk picks one, or without a detector the rank of a token's entropy among
 # those so far.
 _COLOURS = (27, 33, 39, 44, 48, 82, 154, 190, 220, 208, 196)
-_COLUMNS = ("share_1", "entropy", "participation", "above_edge")
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One generation: its text, and per watched token descriptors (T, S, F), eigenvalues (T, S, N) and risk (T,).
-
-    `threshold` is the detector's; both are None without one, and the threshold without calibration.
-    """
+    """One generation. `threshold` is the detector's; None without one, or without calibration."""
 
     prompt: str
     text: str
-    descriptors: Tensor
-    eigenvalues: Tensor
-    layers: list[int]
+    recording: Recording
     overhead: Overhead
-    risk: Tensor | None = None
     threshold: float | None = None
+
+    @property
+    def descriptors(self) -> Tensor:
+        """(T, S, F) of one spectrum each."""
+        descriptors: Tensor = self.recording.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS)))
+        return descriptors
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """(T, S, N)."""
+        return self.recording.eigenvalues[0]
+
+    @property
+    def risk(self) -> Tensor | None:
+        """(T,), or None without a detector."""
+        return None if self.recording.risk is None else self.recording.risk[0]
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the watched blocks."""
+        return self.recording.layers
 
 
 class _Printer:
@@ -58,7 +75,7 @@ class _Printer:
         self._line(step.index, int(step.tokens[0]), spectra.mean(0), risk)
 
     def _line(self, step: int, token: int, mean: Tensor, risk: float | None) -> None:
-        values = [float(mean[DESCRIPTORS.index(name)]) for name in _COLUMNS]
+        values = [float(mean[DESCRIPTORS.index(name)]) for name in FEW]
         fullness = relative_entropy(values[1], step, self.window, self.center)
         self.entropies.append(fullness)
         text = f"{printable(self.tokenizer.decode([token])):<16.16}"
@@ -81,9 +98,10 @@ def watch(
     max_new_tokens: int = 96,
     colour: bool = True,
     write: Callable[[str], None] = print,
+    live: Live | None = None,
     **options: Any,
 ) -> Watched:
-    """Generates greedily from one prompt, printing as it goes; `options` go to EigenTrack.
+    """Generates greedily from one prompt, printing as it goes, and telling a live page; `options` go to EigenTrack.
 
     Raises:
         What EigenTrack raises.
@@ -99,25 +117,29 @@ def watch(
         if threshold is not None:
             last += f"  ! above {threshold:.3f}"
         write(f"{'step':>4}  {'token':<16}  {'λ₁/Σλ':>7}  {'entropy':>7}  {'eff.rank':>7}  {'>edge':>5}  {last}")
-        track.on_token = _Printer(tokenizer, track.window, track.center, colour, write, threshold)
+        listeners: list[Callable[[Step], None]] = [
+            _Printer(tokenizer, track.window, track.center, colour, write, threshold)
+        ]
+        if live is not None:
+            listeners.append(live.follow(track, tokenizer, prompt, threshold))
+        track.on_token = lambda step: [listener(step) for listener in listeners]
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    spectra = 1 if track.spectra == "joint" else len(track.layers)
-    descriptors = torch.empty(0, spectra, len(DESCRIPTORS))
-    eigenvalues = torch.empty(0, spectra, track.window)
-    if track.watching:  # else the answer ended with its first token
-        descriptors, eigenvalues = track.descriptors[0].unflatten(1, (-1, len(DESCRIPTORS))), track.eigenvalues[0]
-    risk = None
-    if detector is not None:
-        risk = track.risk[0] if track.watching else torch.empty(0)
-    return Watched(
-        prompt,
-        tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
-        descriptors,
-        eigenvalues,
-        track.layers,
-        track.overhead(),
-        risk,
-        threshold,
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    recording = track.recording() if track.watching else _nothing_watched(track)
+    return Watched(prompt, text, recording, track.overhead(), threshold)
+
+
+def _nothing_watched(track: EigenTrack) -> Recording:
+    """Of an answer that ended with its first token."""
+    spectra = len(track.names) // len(DESCRIPTORS)
+    return Recording(
+        descriptors=torch.empty(1, 0, len(track.names)),
+        eigenvalues=torch.empty(1, 0, spectra, track.window),
+        tokens=torch.empty(1, 0, dtype=torch.int64),
+        watched=torch.empty(1, 0, dtype=torch.bool),
+        settings=track.settings,
+        versions=current_versions(),
+        risk=None if track.detector is None else torch.empty(1, 0),
     )
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from rmtkd import processes
 from rmtkd.errors import CalibrationError, ModelError
 from rmtkd.groups import Group, Tap
+from rmtkd.progress import PATIENCE
 from rmtkernels import StreamingCovariance
 from rmtkernels.errors import RmtkernelsError
 
 Batch: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor  # Mapping has kin (BatchEncoding) that are no dict
 
 T = TypeVar("T")
-_PATIENCE = 2  # seconds before a progress bar is shown
 
 
 def calibrate(
@@ -245,7 +245,7 @@ def _with_bar(batches: Iterable[T], recorders: Iterable[_Recorder], rows: int, p
     """The batches, and a bar of the rows that the slowest group has so far."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=rows, desc="calibrating", unit="row", delay=_PATIENCE, disable=not progress) as bar:
+    with tqdm(total=rows, desc="calibrating", unit="row", delay=PATIENCE, disable=not progress) as bar:
         for batch in batches:
             yield batch
             least = min(recorder.rows for recorder in recorders)

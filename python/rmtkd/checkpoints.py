@@ -143,10 +143,8 @@ class Checkpoints:
     def _state(self, folder: Path) -> State:
         found = _read(folder / _STAGE)
         try:
-            history = tuple(_stage(stage) for stage in found["history"])
-            if not history:
-                raise TypeError("no history")
-            reason, frozen = str(found["reason"]), set(found["frozen"])
+            history, reason = _history(found)
+            frozen = set(found["frozen"])
         except (KeyError, TypeError) as error:
             raise FileFormatError(
                 f"{folder / _STAGE} describes no stage ({error!r}): delete {folder} to go on from the stage before"
@@ -191,6 +189,26 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], mine: Mapping[str, A
     if changed := [name for name in names if settings.get(name) != others.get(name)]:
         told = ", ".join(f"{name} was {others.get(name)}, is {settings.get(name)}" for name in changed)
         raise ResumeError(f"{folder} holds a run with other settings ({told:.300}): give another folder")
+
+
+def read_result(path: Path) -> tuple[tuple[Stage, ...], str]:
+    """The stages of a run and why it ended, from the file that the command leaves.
+
+    Raises:
+        FileFormatError: if the file is damaged.
+    """
+    try:
+        return _history(_read(path))
+    except (KeyError, TypeError) as error:
+        raise FileFormatError(f"{path} describes no run ({error!r:.100}): run it again") from error
+
+
+def _history(found: Mapping[str, Any]) -> tuple[tuple[Stage, ...], str]:
+    """Raises KeyError or TypeError if there is none."""
+    history = tuple(_stage(stage) for stage in found["history"])
+    if not history:
+        raise TypeError("no history")
+    return history, str(found["reason"])
 
 
 def _stage(found: Any) -> Stage:

@@ -1,8 +1,8 @@
 """Make a model of transformers smaller by the eigenvalues of its activations.
 
 "rmtkd plan" shows what would become of a model and changes nothing; "rmtkd run" does it, stage by stage; "rmtkd
-evaluate" and "rmtkd compare" say what models score, how large they are and how long they take. Models and texts are
-read from local files."""
+evaluate" and "rmtkd compare" say what models score, how large they are and how long they take; "rmtkd report" makes a
+page of what was found. Models and texts are read from local files."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ _DATA = '.jsonl or .jsonl.gz, a {"text": ..., "label": ...} per line; without la
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 1 with one line on standard error if something failed.
+    """Exit status 0; 1 with one line on standard error if something failed; 130 if it was interrupted (Ctrl-C).
 
     argparse ends the process with status 2 if the arguments or the settings are wrong.
     """
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         report = getattr(commands, arguments.command)(arguments, config)
         if not processes.first():
             return 0
+    except KeyboardInterrupt:
+        return _fail("stopped; a run that is called again with the same arguments goes on", 130)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rmtkernels[rmtkd]'")
     except (RmtkdError, OSError) as error:
@@ -65,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     print(f"rmtkd: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,8 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="two models side by side, timed in turn")
     compare.add_argument("models", nargs=2, type=Path, metavar="MODEL", help="folder of a model")
     compare.add_argument("--data", required=True, type=Path, metavar="FILE", help=f"to score on: {_DATA}")
+    report = commands.add_parser("report", help="one HTML page of what plan or run found; it loads nothing")
+    report.add_argument("folder", type=Path, metavar="FOLDER", help="the --output of plan or run")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: FOLDER/report.html)")
     for command in (plan, run, evaluate, compare):
         _add_common(command)
+    for command in (plan, run, evaluate, compare, report):
+        _add_talk(command)
     return parser
 
 
@@ -113,6 +120,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=_count, default=32, metavar="N", help="texts per batch (default 32)")
     command.add_argument("--longest", type=_count, default=128, metavar="N", help="cut texts to N tokens (default 128)")
     command.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: PyTorch's choice)")
+
+
+def _add_talk(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("--quiet", action="store_true", help="no progress on standard error")
 

@@ -72,8 +72,17 @@ def run(arguments: argparse.Namespace, config: Config) -> Report:
         return Report(found, "")
     rmtkd.save(result.model, result_folder, config=config)
     loaded.tokenizer.save_pretrained(result_folder)
-    (arguments.output / "result.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+    (arguments.output / files.RESULT).write_text(json.dumps(found, indent=2), encoding="utf-8")
     return Report(found, f"{result.table()}\nmodel: {result_folder}")
+
+
+def report(arguments: argparse.Namespace, config: Config) -> Report:
+    """One page of what plan or run have left."""
+    from rmtkd.report import page, read
+
+    path = arguments.output or arguments.folder / "report.html"
+    path.write_text(page(*read(arguments.folder)), encoding="utf-8")
+    return Report({"report": str(path)}, f"report: {path}")
 
 
 def evaluate(arguments: argparse.Namespace, config: Config) -> Report:
@@ -98,7 +107,7 @@ class _Loaded:
         labels = None
         if examples[0].label is not None:
             labels = class_indices(examples, self.model.config.label2id)
-        return Texts(self.tokenizer, examples, labels, arguments.batch, arguments.longest)
+        return Texts(self.tokenizer, examples, labels, arguments.batch, arguments.longest, not arguments.quiet)
 
 
 def _load(folder: Path, examples: list[Example], arguments: argparse.Namespace, seed: int) -> _Loaded:

@@ -26,7 +26,7 @@ from rmtkd.plans import Plan
 from rmtkernels.errors import RmtkernelsError
 
 FORMAT, VERSION = "rmtkd.model", 1
-DESCRIPTION, PLAN, WEIGHTS = "rmtkd.json", "plan.json", "weights.safetensors"
+DESCRIPTION, PLAN, RESULT, WEIGHTS = "rmtkd.json", "plan.json", "result.json", "weights.safetensors"
 MAX_DESCRIPTION = 1 << 24  # bytes; ten thousand projected layers take a tenth
 _OPTIONS = ("padding_idx", "stride", "padding", "dilation")  # of ProjectedLayer, as their kinds take them
 _KINDS: dict[str, type[Projected]] = {

@@ -15,6 +15,7 @@ from rmtkd.errors import CalibrationError, ModelError
 from rmtkd.groups import Group
 from rmtkd.latency import milliseconds
 from rmtkd.plans import LayerPlan, Plan
+from rmtkd.progress import with_bar
 from rmtkd.rank import Choice, choose, kept_energy, round_rank
 
 __all__ = ["LayerPlan", "Plan", "plan"]
@@ -46,14 +47,16 @@ def plan(model: nn.Module, calibration: Iterable[Batch], config: Config, *, prog
     groups = _groups(model, config)
     states = calibrate(model, calibration, groups, rows=config.calibration_rows, progress=progress)
     findings = []
-    for group in groups:
+    for group in with_bar(groups, "spectra", progress):
         moment = states[group.name].covariance(center=False)
         eigenvalues = torch.linalg.eigvalsh(moment).flip(0).cpu()
         choice = choose(eigenvalues.numpy(), states[group.name].effective_rows, config, group.multiple)
         findings.append(_Finding(group, moment, eigenvalues, choice))
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # a loader that shuffles draws from the global state
         batch = next(iter(calibration))
-    return (_width_plan if config.mode == "width" else _factor_plan)(model, batch, config, findings)
+    if config.mode == "width":
+        return _width_plan(model, batch, config, findings)
+    return _factor_plan(model, batch, config, findings, progress)
 
 
 def _groups(model: nn.Module, config: Config) -> list[Group]:
@@ -130,10 +133,10 @@ class _Comparison:
     keep_dense: str
 
 
-def _factor_plan(model: nn.Module, batch: Batch, config: Config, findings: Sequence[_Finding]) -> Plan:
+def _factor_plan(model: nn.Module, batch: Batch, config: Config, findings: Sequence[_Finding], progress: bool) -> Plan:
     inputs = _inputs(model, batch, [finding.group for finding in findings])
     layers = []
-    for finding in findings:
+    for finding in with_bar(findings, "timing layers", progress):
         comparison = _compare(model, finding, config, inputs[finding.group.name])
         layers.append(finding.layer_plan(finding.choice.rank, comparison))
     covariances = {finding.group.name: finding.moment for finding in findings}

@@ -86,16 +86,24 @@ class Plan:
 
     def table(self) -> str:
         """What a person wants to see of it, in some lines of text."""
-        method = self.config.noise + (f" {self.config.quantile:g}" if self.config.noise == "quantile" else "")
+        return "\n".join([self.method, "", aligned(self.rows()), "", *self.notes()])
+
+    @property
+    def method(self) -> str:
+        """How ranks were chosen."""
+        noise = self.config.noise + (f" {self.config.quantile:g}" if self.config.noise == "quantile" else "")
+        return f"{self.config.mode} mode, ranks by {noise}, rounded up to multiples of {self.config.multiple}"
+
+    def rows(self) -> list[list[str]]:
+        """The table's cells, its head first."""
         head = ["layer", "d", "n", "σ²", "edge", *NOISE, "rank", "energy"]
         factors = self.config.mode == "factor"
         head += ["parameters", "ms"] if factors else []
-        lines = [
-            f"{self.config.mode} mode, ranks by {method}, rounded up to multiples of {self.config.multiple}",
-            "",
-            aligned([head, *(self._row(layer, factors) for layer in self.layers)]),
-            "",
-        ]
+        return [head, *(self._row(layer, factors) for layer in self.layers)]
+
+    def notes(self) -> list[str]:
+        """What is to be said below the table, a line each."""
+        lines = []
         for name, width in self.widths.items():
             before = max(layer.dim for layer in self.layers if layer.width == name)
             lines.append(f"{name}: {before} → {width} ({self.reasons[name]})")
@@ -112,7 +120,7 @@ class Plan:
             slow, fast = self.model_milliseconds
             times = f"{slow:.1f} → {fast:.1f}, {slow / fast:.2f} times as fast"
             lines.append(f"milliseconds for the first calibration batch: {times}")
-        return "\n".join(lines)
+        return lines
 
     def _row(self, layer: LayerPlan, factors: bool) -> list[str]:
         choice = layer.choice

@@ -21,14 +21,20 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
     dashed one the smallest eigenvalue that is kept. Where ranks are counted as spikes there is no variance, and the law
     is that of the configured quantile. Needs matplotlib.
     """
-    import matplotlib
+    draw_plan(plan).savefig(path, dpi=110)
+    return Path(path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+def draw_plan(plan: Plan) -> Any:
+    """The figure of `plot_plan`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, len(plan.layers))
     rows = math.ceil(len(plan.layers) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 3 * rows), squeeze=False)
+    figure = Figure(figsize=(4.6 * columns, 3 * rows))  # without pyplot, which would keep it for ever
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
     method = "quantile" if plan.config.noise == "spikes" else plan.config.noise
     for panel, layer in zip(axes.flat, plan.layers, strict=False):
         _draw(panel, layer, method)
@@ -39,9 +45,7 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
     figure.supxlabel("eigenvalue of the second moment")
     figure.supylabel("eigenvalues per bin")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return Path(path)
+    return figure
 
 
 def _draw(panel: Any, layer: LayerPlan, method: str) -> None:

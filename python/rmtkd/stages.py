@@ -48,21 +48,26 @@ class Result:
 
     def table(self) -> str:
         """A line per stage, and the reason."""
-        head = ["stage", "parameters", "change", "before", "projected", "distilled", "seconds", ""]
-        rows = [
-            [
-                str(stage.number),
-                count(stage.parameters),
-                change(1, stage.kept),
-                f"{stage.before:.4f}" if stage.number else "",
-                f"{stage.projected:.4f}" if stage.number else "",
-                f"{stage.score:.4f}",
-                f"{stage.seconds:.0f}",
-                "undone" if stage.undone else "" if stage.ranks or not stage.number else "no rank shrinks",
-            ]
-            for stage in self.history
+        return f"{aligned(stage_rows(self.history))}\n{self.reason}"
+
+
+def stage_rows(history: Sequence[Stage]) -> list[list[str]]:
+    """Cells of a table of stages, its head first."""
+    head = ["stage", "parameters", "change", "before", "projected", "distilled", "seconds", ""]
+    rows = [
+        [
+            str(stage.number),
+            count(stage.parameters),
+            change(1, stage.kept),
+            f"{stage.before:.4f}" if stage.number else "",
+            f"{stage.projected:.4f}" if stage.number else "",
+            f"{stage.score:.4f}",
+            f"{stage.seconds:.0f}",
+            "undone" if stage.undone else "" if stage.ranks or not stage.number else "no rank shrinks",
         ]
-        return f"{aligned([head, *rows])}\n{self.reason}"
+        for stage in history
+    ]
+    return [head, *rows]
 
 
 def run(

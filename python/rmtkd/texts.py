@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rmtkd.calibration import as_it_was, move_to
 from rmtkd.errors import RmtkdError
+from rmtkd.progress import with_bar
 
 IGNORED = -100  # the label of what does not count, as everywhere in PyTorch
 _FEWEST = 512  # texts to calibrate on, if there are as many
@@ -94,14 +95,20 @@ class Texts:
     """
 
     def __init__(
-        self, tokenizer: Any, examples: Sequence[Example], labels: Sequence[int] | None, batch: int, longest: int
+        self,
+        tokenizer: Any,
+        examples: Sequence[Example],
+        labels: Sequence[int] | None,
+        batch: int,
+        longest: int,
+        progress: bool = False,
     ) -> None:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._tokenizer, self._batch = tokenizer, batch
         texts = [example.text for example in examples]
         self._ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
-        self._labels = labels
+        self._labels, self._progress = labels, progress
 
     def calibration(self, share: float = 1.0) -> list[dict[str, Tensor]]:
         """Batches without labels, of a random share of the texts that is the same each time."""
@@ -123,7 +130,7 @@ class Texts:
         device = next(model.parameters()).device
         total, counted = 0.0, 0
         with as_it_was(model):
-            for first in range(0, len(self._ids), self._batch):
+            for first in with_bar(range(0, len(self._ids), self._batch), "scoring", self._progress):
                 batch = move_to(self._labelled(range(first, min(first + self._batch, len(self._ids)))), device)
                 labels = batch.pop("labels")
                 gained, rows = _score(model(**batch).logits.float(), labels, self._labels is None)

@@ -1,6 +1,7 @@
 """What a user types, and what the terminal and the picture then show."""
 
 import io
+import json
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from eigentrack import Overhead, Step, cli
+from eigentrack import Overhead, Recording, Settings, Step, cli, loading
 from eigentrack.plot import plot_spectra
 from eigentrack.watch import Watched, _paint, _Printer, relative_entropy, watch
 from rmtkernels import DESCRIPTORS
@@ -109,6 +110,53 @@ def test_the_least_answer_shows_a_token(
     monkeypatch.setattr(cli, "_load", lambda arguments: (endless, Tokenizer()))
     assert cli.main(["watch", "--model", "tiny", "--prompt", "x", "--max-new-tokens", "2"]) == 0
     assert len(re.findall(r"^ +\d+  <\d+> ", capsys.readouterr().out, re.MULTILINE)) == 1
+
+
+# For programs
+
+
+@pytest.fixture
+def tiny(endless: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments that watch a tiny model, which has three tokens to show."""
+    monkeypatch.setattr(loading, "load_causal_lm", lambda name: (endless, Tokenizer()))
+    return ["watch", "--model", "tiny", "--prompt", "x", "--max-new-tokens", "4"]
+
+
+def test_json_is_all_there_is_on_standard_output(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "new" / "run.html"
+    assert cli.main([*tiny, "--prompt", "y", "--json", "--report", str(page)]) == 0
+    out, error = capsys.readouterr()
+    found = json.loads(out)
+    assert [run["prompt"] for run in found["runs"]] == ["x", "y"] and found["report"] == str(page)
+    assert re.fullmatch(r"(<\d+>){4}", found["runs"][0]["answer"]) and found["runs"][0]["overhead"]["tokens"] == 2
+    assert error.startswith("loading tiny\n") and len(re.findall(r"^ +\d+  <\d+> ", error, re.MULTILINE)) == 6
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])["runs"]  # type: ignore[index]
+    assert [run["prompt"] for run in shown] == ["x", "y"] and len(shown[1]["tokens"]) == 3
+
+
+def test_quiet_shows_results_only(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*tiny, "--quiet"]) == 0
+    out, error = capsys.readouterr()
+    assert [line.split(":")[0] for line in out.splitlines()] == ["answer", "monitor"] and error == ""
+
+
+def test_a_live_page_s_address_does_not_disturb_json(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*tiny, "--live", "--json", "--quiet"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["runs"] and re.fullmatch(r"live: http://127\.0\.0\.1:\d+/[\w-]{22}/\n", error)
+
+
+def test_ctrl_c_is_one_line(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_causal_lm", interrupted)
+    assert cli.main([*tiny, "--live", "--quiet"]) == 130
+    assert capsys.readouterr().err.splitlines()[1:] == ["eigentrack: stopped"]
 
 
 # What is not installed
@@ -280,6 +328,27 @@ def test_the_colour_is_the_rank_among_the_tokens_so_far() -> None:
 # The picture
 
 
+def watched(prompt: str, descriptors: torch.Tensor, eigenvalues: torch.Tensor, layers: list[int]) -> Watched:
+    steps, spectra, window = eigenvalues.shape
+    settings = Settings(
+        model="Tiny",
+        names=tuple(f"{spectrum}.{name}" for spectrum in range(spectra) for name in DESCRIPTORS),
+        taps=tuple(f"layer{layer}" for layer in layers),
+        layers=tuple(layers),
+        window=window,
+        spectra="per_layer" if spectra > 1 else "joint",
+        start="answer",
+        normalize="rms",
+        center=True,
+        noise="median",
+        layer_scale="trace",
+        end_tokens=(),
+    )
+    ids = torch.arange(steps)[None]
+    values = descriptors.flatten(1)[None], eigenvalues[None]
+    return Watched(prompt, "text", Recording(*values, ids, ids >= 0, settings, {}), Overhead(1, 0.1, 1.0))
+
+
 def test_lines_carry_the_values_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib import pyplot
 
@@ -292,7 +361,7 @@ def test_lines_carry_the_values_given(tmp_path: Path, monkeypatch: pytest.Monkey
         eigenvalues = torch.rand(steps, spectra, 4).sort(dim=-1, descending=True).values
         eigenvalues[0, :, 1:] = 0  # a window of one row
         descriptors = torch.rand(steps, spectra, len(DESCRIPTORS))
-        runs.append(Watched("costs $5", "text", descriptors, eigenvalues, [2, 5, 8], Overhead(1, 0.1, 1.0)))
+        runs.append(watched("costs $5", descriptors, eigenvalues, [2, 5, 8]))
     path = plot_spectra(runs, tmp_path / "spectra.svg")
     assert "<svg" in path.read_text(encoding="utf-8")
     [figure] = closed

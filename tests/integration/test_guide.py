@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, Trainer, TrainingArguments
 
 import eigentrack
 from bench.experiments import defaults, reference_ood
@@ -70,6 +70,28 @@ def test_the_snippets_of_the_guide(
     assert names["detector"].calibrated and names["detector"].settings.window == 32
     assert isinstance(names["recording"], eigentrack.Recording) and names["recording"].window == 32
     assert names["track"].tokens.tolist() == names["ids"][:, 1:].tolist()
+
+
+def test_the_snippets_of_the_page_about_reports(endless: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prometheus = pytest.importorskip("prometheus_client", reason="needs prometheus_client")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prometheus, "REGISTRY", prometheus.CollectorRegistry())
+    snippets = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/report.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 3
+    tokenizer = Tokenizer()
+    arguments = TrainingArguments(str(tmp_path / "trained"), report_to="none", use_cpu=True)
+    names: dict[str, Any] = {
+        "model": endless,
+        "tokenizer": tokenizer,
+        "inputs": tokenizer("What is the capital of France ?", "pt"),
+        "trainer": Trainer(endless, arguments),
+    }
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"docs/report.md, snippet {number}", "exec"), names)
+        assert hooks_of(endless) == 0
+    assert "What is the capital of France?" in (tmp_path / "run.html").read_text()
+    assert any(isinstance(one, names["SpectraCallback"]) for one in names["trainer"].callback_handler.callbacks)
+    assert prometheus.REGISTRY.get_sample_value("eigentrack_tokens_total", {"monitor": "chat"}) == 19
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def test_wheel_holds_the_package_and_nothing_else(environment, tree, tmp_path):
     assert re.fullmatch(rf"rmtkernels-0\.1\.0-{tag}-{tag}-linux_\w+\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"rmtkernels/py.typed", "eigentrack/py.typed", "rmtkd/py.typed", "rmtkernels/_C.abi3.so"} <= names
+    assert {f"eigentrack/page/page.{kind}" for kind in ("html", "css", "js")} <= names
     assert "rmtkernels/_build_info.json" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     sources = {path.relative_to(tree).as_posix() for path in (tree / "rmtkernels").rglob("*.py")}
@@ -136,6 +137,7 @@ def test_wheel_holds_the_package_and_nothing_else(environment, tree, tmp_path):
     expected = re.compile(
         r"(rmtkernels|eigentrack|rmtkd)/.*(\.py|\.typed|\.so|_build_info\.json)|rmtkernels-0\.1\.0\.dist-info/.*"
         r"|eigentrack/detectors/smollm2-135m/(README\.md|detector\.safetensors)"
+        r"|eigentrack/page/page\.(html|css|js)"
     )
     assert [name for name in names if not expected.fullmatch(name)] == []
     assert wheel.stat().st_size < 20e6

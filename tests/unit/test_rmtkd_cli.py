@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rmtkd import cli, commands
+from rmtkd import cli, commands, progress
 from rmtkd.files import DESCRIPTION
 from rmtkd.plans import Plan
 from rmtkd.texts import DataError, Example, Texts, class_indices, read_examples
@@ -189,6 +189,19 @@ def test_evaluate_a_language_model(folders: dict[str, Path], capsys: pytest.Capt
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert cli.main(arguments) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_what_takes_long_shows_a_bar_unless_it_is_to_be_quiet(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0)
+    evaluate = command("evaluate", "--model", folders["classifier"], "--data", folders["labelled"])
+    plan = command("plan", "--model", folders["encoder"], "--data", folders["labelled"], "--mode", "factor")
+    for arguments, wanted in ((evaluate, ("scoring",)), (plan, ("spectra", "timing layers"))):
+        for quiet in (True, False):
+            assert cli.main([flag for flag in arguments if quiet or flag != "--quiet"]) == 0
+            out, error = capsys.readouterr()
+            assert all((name in error) != quiet and name not in out for name in wanted)
 
 
 def test_accuracy_is_counted(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
