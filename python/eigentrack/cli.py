@@ -23,7 +23,7 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 1 with one line on standard error if the model cannot be loaded or watched.
+    """Exit status 0, or 1 with one line on standard error if the model cannot be loaded or watched; 130 after Ctrl-C.
 
     argparse ends the process with status 2 if the arguments are wrong.
     """
@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}: pip install 'rmtkernels[{_extra(arguments)}]'")
     except (EigenTrackError, OSError) as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped")
+        return 130  # what shells say of a program that Ctrl-C ended
     return 0
 
 

@@ -38,7 +38,7 @@ _DATA = '.jsonl or .jsonl.gz, a {"text": ..., "label": ...} per line; without la
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 1 with one line on standard error if something failed.
+    """Exit status 0, or 1 with one line on standard error if something failed; 130 after Ctrl-C.
 
     argparse ends the process with status 2 if the arguments or the settings are wrong.
     """
@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}: pip install 'rmtkernels[rmtkd]'")
     except (RmtkdError, OSError) as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; a run that is called again with the same arguments goes on")
+        return 130  # what shells say of a program that Ctrl-C ended
     print(json.dumps(report.fields, indent=2) if arguments.json else report.text)
     return 0
 
