@@ -31,6 +31,7 @@ WAITING = "RMTKERNELS_PROVE"
 SYSTEMS = {
     "rmtkd": (["python/rmtkd"], "tests/integration"),
     "bad_input": (["python/eigentrack"], "tests/integration"),
+    "examples": (["examples"], "tests/integration"),
 }
 # Backend, rung (README, "What has been proved"), and the tests that stand for it. {poisons}: the file fills results
 # with NaN before they are written. A test may stand for several.
