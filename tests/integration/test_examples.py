@@ -54,4 +54,4 @@ def test_an_example_runs_within_two_minutes(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     taken = after.children_user + after.children_system - before.children_user - before.children_system
     print(f"{name}: {taken:.0f} s of processor time, {time.monotonic() - begun:.0f} s in all")
-    assert taken < SECONDS and len(done.stdout.splitlines()) > 5
+    assert taken < SECONDS and len(done.stdout.splitlines()) >= 5
