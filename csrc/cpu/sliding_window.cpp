@@ -118,6 +118,10 @@ void window_push_(Tensor ring, Tensor gram, Tensor seen, std::vector<Tensor> row
   for (const Tensor& t : rows) layers.emplace_back(t);
   if (int64_t(slots.size()) < shape.batch * shape.steps) slots.resize(shape.batch * shape.steps);
   int64_t* counters = static_cast<int64_t*>(seen.mutable_data_ptr());
+  for (int64_t b = 0; b < shape.batch; ++b) {  // they decide which slot is written
+    const int64_t count = counters[b * kSeenColumns + kSeenRows];
+    STD_TORCH_CHECK(count >= 0 && count < INT64_MAX / 2, "window_push_: seen counts ", count, " rows");
+  }
   // Workers must see this thread's vectors, not their own.
   const std::vector<Rows>& streams = layers;
   int64_t* const slot_of = slots.data();

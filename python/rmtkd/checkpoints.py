@@ -224,6 +224,8 @@ def _stage(found: Any) -> Stage:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > files.MAX_DESCRIPTION:
+            raise ValueError(f"it is longer than {files.MAX_DESCRIPTION} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileFormatError(f"{path} is missing: delete {path.parent} to go on from the stage before") from error

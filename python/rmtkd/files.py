@@ -87,6 +87,8 @@ def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, conf
         FileExistsError: if the folder holds something else.
         OSError: if it cannot be written.
     """
+    from safetensors import SafetensorError
+
     folder = Path(folder)
     refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +102,8 @@ def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, conf
         (aside / DESCRIPTION).write_text(json.dumps(found, indent=2), encoding="utf-8")
         _to_disk(aside)
         _take_place(aside, folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rmtkernels._library import define
 from rmtkernels.dispatch import select
-from rmtkernels.errors import DeviceError, DtypeError, ShapeError
+from rmtkernels.errors import DeviceError, DtypeError, RangeError, ShapeError
 from rmtkernels.reference import sliding_window as reference
 from rmtkernels.triton import operators as triton
 
@@ -62,6 +62,7 @@ def window_push_(
 
     Raises:
         ShapeError, DtypeError, DeviceError: on bad arguments, before anything is written.
+        RangeError: if `seen`, on the CPU, counts fewer than no rows.
         BackendError: if `backend` is missing.
 
     Source: EigenTrack (arXiv 2509.15735) section III-A gives the window; the Gram form is ours.
@@ -77,6 +78,8 @@ def window_push_(
         (triton.window_push_ if selected == "triton" else _PUSH_OP)(ring, gram, seen, rows, mask)
     except RuntimeError:  # the kernel checks all of it before it writes; here its refusal gets its type
         check_push(ring, gram, seen, rows, mask)
+        if seen.is_cpu:  # elsewhere kernels take a negative count for a row that is skipped: nothing waits for it
+            check_counts(seen[:, 0])
         raise
 
 
@@ -145,6 +148,12 @@ def check_gram(hidden: Tensor, window: int, stride: int, mask: Tensor | None) ->
     check_dtype("hidden", hidden.dtype)
     if mask is not None:
         _check_mask(mask, tuple(hidden.shape[:2]), hidden.device)
+
+
+def check_counts(counts: Tensor) -> None:
+    """Raises RangeError unless rows can have been counted so. Reads the tensor."""
+    if not ((counts >= 0) & (counts < 2**62)).all():
+        raise RangeError(f"seen must count rows from 0 on, got {int(counts.min())} to {int(counts.max())}")
 
 
 def check_window(window: int) -> None:

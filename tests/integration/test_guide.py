@@ -13,9 +13,8 @@ from transformers import BatchEncoding, Trainer, TrainingArguments
 
 import eigentrack
 from bench.experiments import defaults, reference_ood
+from tests.integration.snippets import ROOT, run_python
 from tests.integration.test_monitor import hooks_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Tokenizer:
@@ -42,10 +41,6 @@ def test_the_snippets_of_the_guide(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    snippets = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "docs/eigentrack.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert len(snippets) == 9
     tokenizer = Tokenizer()
     names: dict[str, Any] = {
         "torch": torch,
@@ -56,9 +51,8 @@ def test_the_snippets_of_the_guide(
         "judged_questions": [(f"What is the {'q' * (i % 9 + 1)} of {'y' * i} ?", i % 2) for i in range(48)],
         "ordinary_questions": [f"How far is it from here to {'x' * length} ?" for length in range(8)],
     }
-    for number, snippet in enumerate(snippets):
-        exec(compile(snippet, f"docs/eigentrack.md, snippet {number}", "exec"), names)
-        assert hooks_of(endless) == 0
+    assert run_python("docs/eigentrack.md", names) == 9
+    assert hooks_of(endless) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["0", "1", "2", "3"], "one line for each watched step"
     assert sorted(path.name for path in tmp_path.iterdir()) == [

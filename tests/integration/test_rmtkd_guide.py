@@ -1,6 +1,5 @@
 """The snippets of docs/rmtkd.md run as they are printed, one after the other."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +7,13 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertForSequenceClassification
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration.snippets import run_python
 
 
 def test_the_snippets_of_the_guide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/rmtkd.md").read_text()
-    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(snippets) >= 5
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = torch.randint(50, (4, 8, 12))
@@ -34,8 +30,7 @@ def test_the_snippets_of_the_guide(
         "accuracy": accuracy,
     }
     bits = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
-    for number, snippet in enumerate(snippets):
-        exec(compile(snippet, f"docs/rmtkd.md, snippet {number}", "exec"), names)
+    assert run_python("docs/rmtkd.md", names) >= 5
     printed = capsys.readouterr().out
     assert names["plan"].table() in printed and names["result"].table() in printed
     assert all(torch.equal(tensor, bits[name]) for name, tensor in names["model"].state_dict().items())

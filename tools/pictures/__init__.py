@@ -1,0 +1,1 @@
+"""Pictures of the documentation, drawn with matplotlib and committed: `python -m tools.pictures`."""
