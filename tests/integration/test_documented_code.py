@@ -19,7 +19,11 @@ import rmtkd.cli
 from tests.integration.snippets import ROOT, Block, blocks, pages, run_python
 
 # Pages whose Python runs in a test of their own, which looks at what comes out.
-ELSEWHERE = {"docs/eigentrack.md": "test_guide.py", "docs/rmtkd.md": "test_rmtkd_guide.py"}
+ELSEWHERE = {
+    "docs/eigentrack.md": "test_guide.py",
+    "docs/report.md": "test_guide.py",
+    "docs/rmtkd.md": "test_rmtkd_guide.py",
+}
 # Blocks that nothing runs: (page, why), and how many of them.
 NOT_RUN: Counter[tuple[str, str]] = Counter()
 # Output and drawings: page, and how many.
@@ -190,7 +194,18 @@ def check_python(arguments: list[str]) -> None:
     assert (ROOT / arguments[0]).is_file() if module is None else importlib.util.find_spec(module) is not None
 
 
-CHECKS: dict[str, Callable[[list[str]], None]] = {"make": check_make, "pip": check_pip, "python": check_python}
+def check_torchrun(arguments: list[str]) -> None:
+    """It starts one of our programs, with arguments that this takes."""
+    where = arguments.index("-m") + 1
+    PROGRAMS[arguments[where]]._parser().parse_args(arguments[where + 1 :])
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "make": check_make,
+    "pip": check_pip,
+    "python": check_python,
+    "torchrun": check_torchrun,
+}
 
 
 @pytest.mark.parametrize(("page", "line", "command"), commands(), ids=lambda value: str(value).replace("/", "-")[:40])
@@ -214,6 +229,7 @@ def test_a_command_that_there_is_not_is_found() -> None:
         (check_pip, ["install", ".[nothing]"]),
         (check_python, ["examples/nothing.py"]),
         (check_python, ["-m", "nothing_at_all"]),
+        (check_torchrun, ["-m", "rmtkd", "nothing"]),
     ):
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, SystemExit)):
             check(arguments)

@@ -70,8 +70,6 @@ def test_the_snippets_of_the_page_about_reports(endless: Any, tmp_path: Path, mo
     prometheus = pytest.importorskip("prometheus_client", reason="needs prometheus_client")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prometheus, "REGISTRY", prometheus.CollectorRegistry())
-    snippets = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/report.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 3
     tokenizer = Tokenizer()
     arguments = TrainingArguments(str(tmp_path / "trained"), report_to="none", use_cpu=True)
     names: dict[str, Any] = {
@@ -80,9 +78,8 @@ def test_the_snippets_of_the_page_about_reports(endless: Any, tmp_path: Path, mo
         "inputs": tokenizer("What is the capital of France ?", "pt"),
         "trainer": Trainer(endless, arguments),
     }
-    for number, snippet in enumerate(snippets):
-        exec(compile(snippet, f"docs/report.md, snippet {number}", "exec"), names)
-        assert hooks_of(endless) == 0
+    assert run_python("docs/report.md", names) == 3
+    assert hooks_of(endless) == 0
     assert "What is the capital of France?" in (tmp_path / "run.html").read_text()
     assert any(isinstance(one, names["SpectraCallback"]) for one in names["trainer"].callback_handler.callbacks)
     assert prometheus.REGISTRY.get_sample_value("eigentrack_tokens_total", {"monitor": "chat"}) == 19
