@@ -23,7 +23,7 @@ else:
 logger = init_logger(f"vllm.{__name__}")
 
 
-class WatchingWorker(Worker):  # type: ignore[misc, valid-type]
+class WatchingWorker(Worker):  # type: ignore[misc]
     """Watches on rank 0: behind the all-reduce, hidden states are equal on all ranks."""
 
     watcher: "Watcher | None" = None
