@@ -1,5 +1,6 @@
 """What transformers says of a text that vLLM has generated."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +8,12 @@ from torch import Tensor
 
 from rmtkernels import spectrum_descriptors, window_gram
 
-WINDOW, LAYERS = 32, list(range(2, 30, 3))  # of the detector that the package ships
+WINDOW = 32
+LAYERS = tuple(range(2, 30, 3))  # of the detector that the package ships
 
 
 @torch.no_grad()
-def descriptors(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+def descriptors(model: Any, prompt: list[int], answer: list[int], layers: Sequence[int] = LAYERS) -> Tensor:
     """(T - 1, F): of the answer's tokens but the last, from one pass over the whole text."""
     rows: dict[int, Tensor] = {}
 
@@ -19,7 +21,7 @@ def descriptors(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
         return lambda module, args, output: rows.__setitem__(layer, output[0] if isinstance(output, tuple) else output)
 
     blocks = model.model.layers
-    hooks = [blocks[layer].register_forward_hook(keep(layer)) for layer in LAYERS]
+    hooks = [blocks[layer].register_forward_hook(keep(layer)) for layer in layers]
     try:
         model(torch.tensor([prompt + answer]))
     finally:
@@ -27,7 +29,7 @@ def descriptors(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
             hook.remove()
     steps = len(answer) - 1
     found = []
-    for layer in LAYERS:
+    for layer in layers:
         hidden = rows[layer][:, len(prompt) : len(prompt) + steps].contiguous()
         gram, seen = window_gram(hidden, WINDOW)
         found.append(spectrum_descriptors(gram, seen[0], hidden.shape[2], normalize="rms")[0][0])

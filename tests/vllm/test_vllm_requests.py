@@ -1,15 +1,13 @@
 """Many requests at once: each is told what transformers tells of its text, whatever happens around it."""
 
-import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.vllm.drive import driven
 from tests.vllm.oracle import descriptors, distance
 
 TOLERANCE = 1e-3
@@ -49,14 +47,6 @@ def requests(count: int) -> list[dict[str, Any]]:
     return made
 
 
-def driven(folder: Path, scenario: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
-    given, out = folder / "scenario.json", folder / "out.json"
-    given.write_text(json.dumps(scenario))
-    command = [sys.executable, "-m", "tests.vllm.drive", str(given), str(out)]
-    subprocess.run(command, check=True, env=environment, timeout=600, cwd=Path(__file__).parents[2])
-    return json.loads(out.read_text())  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["in turn", "asynchronous"])
 def test_every_request_is_told_what_transformers_tells_of_its_text(
     tmp_path: Path, environment: dict[str, str], model_folder: Path, reference: Any, asynchronous: bool
@@ -66,12 +56,12 @@ def test_every_request_is_told_what_transformers_tells_of_its_text(
         "requests": requests(64),
         "asynchronous": asynchronous,
     }
-    result = driven(tmp_path, scenario, environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    result = driven(tmp_path, scenario, environment)
     completions = result["completions"]
     print(f"{len(completions)} completions, {result['steps']} steps, {result['preemptions']} preemptions")
     assert result["preemptions"] >= 10
     assert sum(completion["cached"] > 0 for completion in completions) >= 8
-    assert len({completion["name"] for completion in completions}) == 64
+    assert len(completions) == 64 + 2 * sum(request["sampling"].get("n") == 3 for request in scenario["requests"])
     worst = 0.0
     for completion in completions:
         readings, steps = completion["readings"], len(completion["answer"]) - 1
@@ -83,3 +73,33 @@ def test_every_request_is_told_what_transformers_tells_of_its_text(
             assert apart < TOLERANCE, completion["name"]
             worst = max(worst, apart)
     print(f"largest distance {worst:.1e}")
+
+
+def test_a_request_ends_when_its_risk_exceeds_the_limit(
+    tmp_path: Path, environment: dict[str, str], model_folder: Path
+) -> None:
+    limit, tokens = 0.6, 40
+    watch = {"detector": "smollm2-135m", "stop_above": limit}
+    choose = random.Random(2)
+    asked = [
+        {
+            "name": f"request {index}",
+            "arrives": 2 * index,
+            "prompt": [choose.randrange(1000, 40000) for _ in range(10)],
+            "sampling": {"max_tokens": tokens, "temperature": 0},
+        }
+        for index in range(24)
+    ]
+    engine = {"model": str(model_folder), **ENGINE, "additional_config": {"eigentrack": watch}}
+    result = driven(tmp_path, {"engine": engine, "requests": asked, "asynchronous": True}, environment)
+    stopped = 0
+    for completion in result["completions"]:
+        readings, answer = completion["readings"], completion["answer"]
+        assert len(readings["risk"]) == len(answer) - 1
+        assert all(risk <= limit for risk in readings["risk"][:-1])
+        assert readings["stopped"] == (readings["risk"][-1] > limit and len(answer) < tokens)
+        assert completion["reasons"] == (["stop", "eigentrack"] if readings["stopped"] else ["length", None])
+        assert readings["stopped"] or len(answer) == tokens
+        stopped += readings["stopped"]
+    print(f"{stopped} of {len(asked)} stopped")
+    assert 0 < stopped < len(asked)

