@@ -119,7 +119,9 @@ def test_hooks_listen_to_the_pass_that_was_announced_and_to_no_other() -> None:
     made = settings("per_layer")
     state = State(Watch(made, None, None, True, 2, WIDTH, torch.float32), torch.device("cpu"))
     model = Model()
-    taps = Taps(model, range(LAYERS), state, WIDTH)
+    taps = Taps(model, LAYERS, range(LAYERS), state, WIDTH)
+    with pytest.raises(TapError, match="has 3 blocks where its config has 4"):
+        Taps(model, 4, range(LAYERS), state, WIDTH)
     seen: list[int] = []
     model(torch.zeros(5, WIDTH))
     assert taps.collected == 0

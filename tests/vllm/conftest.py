@@ -34,5 +34,5 @@ def model_folder(reference: Any) -> Path:
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """Of processes that run vLLM."""
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return os.environ | quiet
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | quiet | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

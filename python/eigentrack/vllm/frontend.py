@@ -35,7 +35,8 @@ def install() -> None:
 
     @wraps(process_outputs)
     def watched_process_outputs(self: Any, engine_core_outputs: Any, *rest: Any, **named: Any) -> Any:
-        if engine_core_outputs and engine_core_outputs[0].request_id == KEY:
+        carrier = engine_core_outputs[0] if engine_core_outputs else None
+        if carrier is not None and carrier.request_id == KEY and carrier.ec_transfer_params:
             _take(self, engine_core_outputs.pop(0).ec_transfer_params)
         return process_outputs(self, engine_core_outputs, *rest, **named)
 
@@ -65,4 +66,5 @@ def _choice(state: Any) -> int:
     """Index of a choice in the server's response: completions of several prompts are numbered through."""
     name, _, prompt = state.external_req_id.rpartition("-")
     several = name.startswith("cmpl-") and prompt.isdecimal()
-    return state.request_index + (int(prompt) * (state.n or 1) if several else 0)  # type: ignore[no-any-return]
+    each = 1 if state.parent_req is None else state.parent_req.n
+    return state.request_index + (int(prompt) * each if several else 0)  # type: ignore[no-any-return]

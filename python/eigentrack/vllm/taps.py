@@ -29,14 +29,20 @@ def parts_of(output: Any, width: int) -> tuple[Tensor, ...]:
 
 
 class Taps:
-    """Hands the outputs of the watched blocks to the state while `listening`, and notes how many came."""
+    """Hands the outputs of the watched blocks to the state while `listening`, and notes how many came.
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], state: State, width: int) -> None:
+    Raises:
+        TapError: if the model's blocks are not found.
+    """
+
+    def __init__(self, model: nn.Module, depth: int, layers: Sequence[int], state: State, width: int) -> None:
         self.listening = False
         self.collected = 0
         self.summed = False
         self._before: Callable[[], None] | None = None
         blocks = find_blocks(model)
+        if len(blocks) != depth:
+            raise TapError(f"{type(model).__name__} has {len(blocks)} blocks where its config has {depth} layers")
         model.register_forward_pre_hook(lambda module, args: self._begin())
         for position, layer in enumerate(layers):
             blocks[layer].register_forward_hook(self._collector(position, state, width))

@@ -57,7 +57,8 @@ class Watcher:
         self._risky, self._describing = watch.detector is not None, watch.descriptors
         self._slots = Slots(watch.slots)
         self._state = State(watch, runner.device)
-        self._taps = Taps(runner.get_model(), watch.settings.layers, self._state, watch.width)
+        depth = vllm_config.model_config.hf_text_config.num_hidden_layers
+        self._taps = Taps(runner.get_model(), depth, watch.settings.layers, self._state, watch.width)
         self._layers = len(watch.settings.layers)
         self._push, self._turn = Push(), None  # type: tuple[Push, Turn | None]
         logger.info(
@@ -73,8 +74,8 @@ class Watcher:
         self._push, self._turn = Push(), None
         self._slots.end(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
-            if new.prompt_token_ids is not None:
-                self._slots.begin(new.req_id, len(new.prompt_token_ids))
+            prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
+            self._slots.begin(new.req_id, len(prompt))
         if scheduler_output.total_num_scheduled_tokens:
             self._taps.listen(lambda: self._begin_pass(scheduler_output))
 
