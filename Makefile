@@ -70,8 +70,7 @@ $(VLLM)/.installed-$(VLLM_KEY): $(BUILD)
 	rm -f $(VLLM)/.installed-*
 	$(VLLM)/bin/python -m pip install '$(TORCH)'
 	$(VLLM)/bin/python -m pip install --no-deps --requirement requirements/vllm.txt
-	printf '%s\n' '$(CURDIR)' '$(CURDIR)/python' \
-		> "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rmtkernels.pth"
+	cp -r .venv/lib/python3.*/site-packages/*rmtkernels* $(VLLM)/lib/python3.*/site-packages/  # the editable install
 	touch $@
 
 # .venv and .venv-vllm stay: they are what takes minutes to make
