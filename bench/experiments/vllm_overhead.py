@@ -27,12 +27,12 @@ def serve(watched: bool) -> None:
     """The child: for each number of requests read, prints seconds for all of them and till the first token of each."""
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
-    from eigentrack.loading import cache_dir
+    from eigentrack.loading import demo_model, load_causal_lm
 
-    folder = next(cache_dir().glob("SmolLM2-135M-Instruct*"))
+    folder = load_causal_lm(demo_model())[0].name_or_path  # dequantised on disk
     engine = LLMEngine.from_engine_args(
         EngineArgs(
-            model=str(folder),
+            model=folder,
             dtype="float32",
             enforce_eager=True,
             enable_prefix_caching=False,

@@ -1,15 +1,19 @@
 """eigentrack.vllm.state: windows of many requests in one call are those of each request alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eigentrack.detector import Detector
 from eigentrack.errors import TapError
 from eigentrack.files import Settings
 from eigentrack.options import chosen_options, settings_of_monitor
 from eigentrack.vllm.config import Watch
-from eigentrack.vllm.slots import Slots
+from eigentrack.vllm.slots import Push, Slots
 from eigentrack.vllm.state import State
 from eigentrack.vllm.taps import Taps, parts_of
 from rmtkernels import SlidingWindow, spectrum_descriptors
@@ -97,6 +101,44 @@ def test_it_says_what_it_takes() -> None:
         for slots in (4, 8)
     )
     assert large == 2 * small > 4 * LAYERS * WINDOW * WIDTH * 4
+
+
+class Allocations(TorchDispatchMode):
+    """Which operators return memory that they were not given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        returned = func(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+        self.by += [str(func) for leaf in leaves if leaf.untyped_storage().data_ptr() not in given]
+        return returned
+
+
+@pytest.mark.parametrize("spectra", ["per_layer", "joint"])
+def test_a_step_allocates_nothing_but_what_the_detector_returns(spectra: str) -> None:
+    made = settings(spectra)
+    found: dict[bool, list[str]] = {}
+    for watched in (False, True):
+        detector = fitted(made) if watched else None
+        state = State(Watch(made, detector, None, True, 4, WIDTH, torch.float32), torch.device("cpu"))
+        rows = torch.randn(3, WIDTH)
+
+        def step(state: State = state, rows: Tensor = rows) -> None:
+            state.begin(Push(["a", "b"], rows=[0, 2], slots=[3, 1], fresh=[3]))
+            for layer in range(LAYERS):
+                state.collect(layer, (rows, rows))
+            state.finish(False)
+
+        step()  # the laws' table is made once
+        with Allocations() as allocations:
+            step()
+        found[watched] = allocations.by
+    assert found[False] == []
+    assert 0 < len(found[True]) <= 8
 
 
 class Block(nn.Module):

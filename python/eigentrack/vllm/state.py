@@ -49,6 +49,7 @@ class State:
         self._offered = torch.zeros(layers, slots, width, dtype=watch.dtype, device=device)
         self._offered_rows = list(self._offered.unbind())
         self._plan = torch.zeros(4, slots, dtype=torch.int64, device=device)
+        self._takes_part, self._fresh, self._skipped = torch.zeros(3, slots, dtype=torch.bool, device=device)
         self._active = torch.zeros(slots, dtype=torch.int64, device=device)
         self._descriptors = torch.zeros(spectra, slots, len(DESCRIPTORS), device=device)
         self._flat = torch.zeros(slots, spectra, len(DESCRIPTORS), device=device)
@@ -105,9 +106,10 @@ class State:
         if not summed:
             hidden.add_(self._hidden[1, :, :count])
         self._offered.index_copy_(1, plan[_SLOTS, :count], hidden)
-        takes_part, fresh = plan[_TAKES_PART].bool(), plan[_FRESH].bool()
-        windows.reset(fresh)
-        windows.update(self._offered_rows, takes_part)
+        torch.ne(plan[_TAKES_PART], 0, out=self._takes_part)
+        torch.ne(plan[_FRESH], 0, out=self._fresh)
+        windows.reset(self._fresh)
+        windows.update(self._offered_rows, self._takes_part)
         torch.mul(windows.rows, plan[_TAKES_PART], out=self._active)  # the others' windows count as empty: no spectrum
         spectrum_descriptors_(
             self._descriptors,
@@ -119,10 +121,11 @@ class State:
             **self._how,  # type: ignore[arg-type]
         )
         self._flat.copy_(self._descriptors.transpose(0, 1))
-        skipped = windows.seen[:, 2:] < 0  # of those that take part: rows that were not finite
+        torch.lt(windows.seen[:, 2], 0, out=self._skipped)  # of those that take part: rows that were not finite
+        skipped = self._skipped[:, None]
         if self._stepper is not None:
             assert self._memory is not None
-            self._memory.masked_fill_(fresh[:, None], 0)
+            self._memory.masked_fill_(self._fresh[:, None], 0)
             risk, memory = self._stepper(self._flat.flatten(1), self._memory, skipped)
             self._memory.copy_(memory)
             self._values[:, :1].copy_(risk)
