@@ -1,6 +1,7 @@
 """What may be asked of eigentrack.vllm, and what is refused before anything is loaded."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from eigentrack.errors import EigenTrackError, MismatchError, ServingError
 from eigentrack.vllm.config import VARIABLE, asked, resolve
-from eigentrack.vllm.plugin import check_version, prepare
+from eigentrack.vllm.plugin import check_version, prepare, register
 
 DEMO = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}
 
@@ -165,3 +166,37 @@ def test_other_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, ver
 
 def test_patch_releases_are_taken() -> None:
     check_version("0.32.4+cu130")
+
+
+def test_a_vllm_to_come_is_left_alone_unless_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = SimpleNamespace(EngineArgs=type("EngineArgs", (), {}))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(engine=SimpleNamespace(arg_utils=arguments)))
+    monkeypatch.setitem(sys.modules, "vllm.engine", SimpleNamespace(arg_utils=arguments))
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", arguments)
+    monkeypatch.setattr("eigentrack.vllm.plugin.installed_version", lambda: "9.0")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    register()
+    monkeypatch.setenv(VARIABLE, '{"descriptors": true}')
+    with pytest.raises(ServingError, match=r"vLLM is 9\.0"):
+        register()
+
+
+def test_the_configuration_is_prepared_only_where_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class EngineArgs:
+        def create_engine_config(self, given: Any) -> Any:
+            return engine(additional_config=given)
+
+    arguments = SimpleNamespace(EngineArgs=EngineArgs)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(engine=SimpleNamespace(arg_utils=arguments)))
+    monkeypatch.setitem(sys.modules, "vllm.engine", SimpleNamespace(arg_utils=arguments))
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", arguments)
+    monkeypatch.setattr("eigentrack.vllm.plugin.installed_version", lambda: "0.32.0")
+    monkeypatch.setattr("eigentrack.vllm.frontend.install", lambda: None)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    register()
+    once = EngineArgs.create_engine_config
+    register()
+    assert EngineArgs.create_engine_config is once
+    assert EngineArgs().create_engine_config({}).scheduler_config.scheduler_cls is None
+    watched = EngineArgs().create_engine_config({"eigentrack": {"descriptors": True}})
+    assert watched.parallel_config.worker_cls == "eigentrack.vllm.worker.WatchingWorker"

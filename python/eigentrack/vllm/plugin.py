@@ -9,13 +9,14 @@ memory: `EngineArgs.create_engine_config` (to fill them in), and in `frontend.py
 runner's `input_batch.req_ids`, and the fields of `SchedulerOutput` and `EngineCoreOutput`. Hence the check of versions.
 """
 
+import os
 from functools import wraps
 from importlib import metadata
 from typing import Any
 
 from eigentrack.errors import ServingError
 from eigentrack.vllm import frontend
-from eigentrack.vllm.config import asked, resolve
+from eigentrack.vllm.config import VARIABLE, asked, resolve
 from eigentrack.vllm.report import KEY
 
 TESTED = ("0.32",)  # vLLM's versions that tests/vllm have run with; patch releases of them are taken
@@ -23,10 +24,20 @@ _WORKERS = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Wo
 
 
 def register() -> None:
-    """Called by vLLM, maybe more than once in a process."""
-    from vllm.engine.arg_utils import EngineArgs
+    """Called by vLLM, maybe more than once in a process.
 
-    create = EngineArgs.create_engine_config
+    Raises:
+        ServingError: if the environment asks for EigenTrack and this vLLM is none that it knows. Who does not ask is
+            left alone, whatever the version.
+    """
+    if os.environ.get(VARIABLE):
+        check_version(installed_version())
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        create = EngineArgs.create_engine_config
+    except (ImportError, AttributeError):  # a vLLM to come
+        return
     if hasattr(create, KEY):
         return
 
