@@ -45,7 +45,8 @@ class State:
         self._width = width
         self.windows = SlidingWindow(layers, slots, settings.window, width, dtype=watch.dtype, device=device)
         spectra = layers if self._joint is None else 1
-        self._hidden = torch.zeros(2, layers, slots, width, dtype=watch.dtype, device=device)
+        self._gathered = torch.zeros(layers, slots, width, dtype=watch.dtype, device=device)
+        self._residual = torch.zeros(slots, width, dtype=watch.dtype, device=device)
         self._offered = torch.zeros(layers, slots, width, dtype=watch.dtype, device=device)
         self._offered_rows = list(self._offered.unbind())
         self._plan = torch.zeros(4, slots, dtype=torch.int64, device=device)
@@ -60,7 +61,7 @@ class State:
         self._values = torch.zeros(slots, 1 + self._described, device=device)
         self._turns = [self._turn(slots, device) for _ in range(_TURNS)]
         self._steps = 0
-        self._count = 0
+        self._count, self._in_order = 0, False
 
     def _turn(self, slots: int, device: torch.device) -> Turn:
         pinned = device.type == "cuda"
@@ -73,8 +74,8 @@ class State:
     @property
     def nbytes(self) -> int:
         """What it takes on the device."""
-        held = [self.windows.ring, self.windows.gram, self.windows.seen, self._hidden, self._offered, self._plan]
-        held += [self._active, self._descriptors, self._flat, self._eigenvalues, self._values]
+        held = [self.windows.ring, self.windows.gram, self.windows.seen, self._gathered, self._residual, self._offered]
+        held += [self._plan, self._active, self._descriptors, self._flat, self._eigenvalues, self._values]
         held += [] if self._memory is None else [self._memory]
         return sum(tensor.nbytes for tensor in held)
 
@@ -82,6 +83,7 @@ class State:
         """A pass that brings these rows is about to run."""
         turn = self._turns[self._steps % _TURNS]
         plan, self._count = turn.plan.numpy(), len(push.rows)
+        self._in_order = push.rows == list(range(self._count))  # as where all requests decode
         plan[_TAKES_PART:] = 0
         plan[_ROWS, : self._count] = push.rows
         plan[_SLOTS, : self._count] = push.slots
@@ -91,21 +93,19 @@ class State:
 
     def collect(self, layer: int, parts: Sequence[Tensor]) -> None:
         """Copies the wanted rows of a block's output, whose sum is the residual stream; later they are overwritten."""
-        rows = self._plan[_ROWS, : self._count]
-        for kept, part in zip(self._hidden, parts, strict=False):
-            torch.index_select(part, 0, rows, out=kept[layer, : self._count])
+        count, kept = self._count, self._gathered[layer, : self._count]
+        if self._in_order:
+            torch.add(parts[0][:count], parts[1][:count] if len(parts) > 1 else 0, out=kept)
+            return
+        rows = self._plan[_ROWS, :count]
+        torch.index_select(parts[0], 0, rows, out=kept)
+        for part in parts[1:]:
+            kept.add_(torch.index_select(part, 0, rows, out=self._residual[:count]))
 
-    def finish(self, summed: bool) -> Turn:
-        """One push, one call for the descriptors and one step of the detector for all rows collected.
-
-        Args:
-            summed: whether blocks return one tensor and not two whose sum is the residual stream.
-        """
+    def finish(self) -> Turn:
+        """One push, one call for the descriptors and one step of the detector for all rows collected."""
         windows, plan, count = self.windows, self._plan, self._count
-        hidden = self._hidden[0, :, :count]
-        if not summed:
-            hidden.add_(self._hidden[1, :, :count])
-        self._offered.index_copy_(1, plan[_SLOTS, :count], hidden)
+        self._offered.index_copy_(1, plan[_SLOTS, :count], self._gathered[:, :count])
         torch.ne(plan[_TAKES_PART], 0, out=self._takes_part)
         torch.ne(plan[_FRESH], 0, out=self._fresh)
         windows.reset(self._fresh)

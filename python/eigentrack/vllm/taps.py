@@ -38,7 +38,6 @@ class Taps:
     def __init__(self, model: nn.Module, depth: int, layers: Sequence[int], state: State, width: int) -> None:
         self.listening = False
         self.collected = 0
-        self.summed = False
         self._before: Callable[[], None] | None = None
         blocks = find_blocks(model)
         if len(blocks) != depth:
@@ -60,9 +59,7 @@ class Taps:
     def _collector(self, position: int, state: State, width: int) -> Callable[[nn.Module, Any, Any], None]:
         def collect(module: nn.Module, args: Any, output: Any) -> None:
             if self.listening:
-                parts = parts_of(output, width)
-                state.collect(position, parts)
-                self.summed = len(parts) == 1
+                state.collect(position, parts_of(output, width))
                 self.collected += 1
 
         return collect

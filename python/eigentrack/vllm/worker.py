@@ -99,7 +99,7 @@ class Watcher:
                 f"{self._taps.collected} of {self._layers} watched blocks ran in a pass of the model: its class does "
                 "not call its blocks as modules, or runs a compiled graph"
             )
-        self._turn = self._state.finish(self._taps.summed)
+        self._turn = self._state.finish()
 
     def report_with(self, output: Any) -> Any:
         """The output with the step's report, which is written when the output is read."""
