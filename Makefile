@@ -15,7 +15,10 @@ BUILD_KEY := $(shell (find csrc build_tools setup.py pyproject.toml -type f ! -n
 ENVIRONMENT := .venv/.installed-$(ENVIRONMENT_KEY)
 BUILD := .venv/.built-$(BUILD_KEY)
 
-.PHONY: demo test prove gpu-check docs dist audit lock lint format clean
+VLLM := .venv-vllm
+VLLM_KEY := $(shell (cat requirements/vllm.txt; echo '$(TORCH)') | sha256sum | cut -c1-16)
+
+.PHONY: demo test test-vllm prove gpu-check docs dist audit lock lint format clean
 
 demo: $(BUILD)
 	HF_HUB_OFFLINE=1 $(BIN)/eigentrack watch --demo --threads 1 --picture demo-output/spectra.png
@@ -24,6 +27,11 @@ test: lint $(BUILD)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not timing' --numprocesses $(JOBS) --dist loadfile
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m timing
 	$(BIN)/python -m tools.prove --jobs $(JOBS)
+	$(BIN)/python -m tools.prove --check --slices vllm || $(MAKE) test-vllm
+
+# EigenTrack inside a real vLLM, in an environment of its own (3.5 GB) that finds the package where it was built.
+test-vllm: $(VLLM)/.installed-$(VLLM_KEY)
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m tools.prove --slices vllm
 
 # The long ladder, where sources have changed since proofs.json was written; make prove SLICES="spectrum" in any case.
 prove: $(BUILD)
@@ -88,6 +96,14 @@ $(ENVIRONMENT):
 	.venv-$*/bin/python -m pip install --no-deps --require-hashes --requirement $<
 	cp $< $@
 
-# .venv stays: it is what takes minutes to make
+$(VLLM)/.installed-$(VLLM_KEY): $(BUILD)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	rm -f $(VLLM)/.installed-*
+	$(VLLM)/bin/python -m pip install '$(TORCH)'
+	$(VLLM)/bin/python -m pip install --no-deps --requirement requirements/vllm.txt
+	cp -r .venv/lib/python3.*/site-packages/*rmtkernels* $(VLLM)/lib/python3.*/site-packages/  # the editable install
+	touch $@
+
+# .venv and .venv-* stay: they are what takes minutes to make
 clean:
 	rm -rf build dist .cache rmtkernels.egg-info rmtkernels/_*.so rmtkernels/_build_info.json .venv/.built-*

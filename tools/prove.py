@@ -2,8 +2,9 @@
 
 Runs all tests of a slice with RMTKERNELS_PROVE=1: every architecture, schedule, size, sanitizer and planted bug.
 proofs.json keeps what passed, with a hash of the files that the slice depends on (tools/slices.py). Without --slices
-those run whose hash has changed; --check runs nothing, names them, and exits with 1 if there are any. Each slice is
-recorded when it is through: an interrupted run keeps what it has finished, and a failing one is not recorded.
+those run whose hash has changed, but for those of ELSEWHERE; --check runs nothing, names what has changed, and exits
+with 1 if there is any. Each slice is recorded when it is through: an interrupted run keeps what it has finished, and a
+failing one is not recorded.
 """
 
 import argparse
@@ -33,6 +34,9 @@ SYSTEMS = {
     "bad_input": (["python/eigentrack"], "tests/integration"),
     "examples": (["examples"], "tests/integration"),
 }
+# Ladders that `make test-vllm` runs in an environment of its own: what they depend on, and their tests.
+_WATCHING = ("vllm", "detector.py", "files.py", "network.py", "options.py", "taps.py")
+ELSEWHERE = {"vllm": ([*(f"python/eigentrack/{path}" for path in _WATCHING), "requirements/vllm.txt"], "tests/vllm")}
 # Backend, rung (README, "What has been proved"), and the tests that stand for it. {poisons}: the file fills results
 # with NaN before they are written. A test may stand for several.
 RUNGS = [
@@ -85,6 +89,11 @@ def ladders(root: Path = ROOT) -> dict[str, Ladder]:
         if tests:
             digest = slices.hash_of([*files, *(root / test for test in tests)], root)
             found[name] = Ladder(name, digest, tests)
+    for name, (paths, tests_of) in ELSEWHERE.items():
+        places = [root / path for path in (*paths, tests_of)]
+        files = [place for place in places if place.is_file()]
+        files += [file for place in places for file in place.rglob("*.py")]
+        found[name] = Ladder(name, slices.hash_of(files, root), [tests_of])
     return found
 
 
@@ -185,7 +194,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     unknown = set(options.slices or []) - all_ladders.keys()
     if unknown:
         parser.error(f"no ladder is called {', '.join(sorted(unknown))}; there is: {', '.join(all_ladders)}")
-    names = options.slices or changed(read_record(root), all_ladders)
+    names = options.slices or [name for name in all_ladders if options.check or name not in ELSEWHERE]
+    if options.check or not options.slices:
+        stale = changed(read_record(root), all_ladders)
+        names = [name for name in names if name in stale]
     print(f"prove: changed since they were proved: {', '.join(names)}" if names else "prove: nothing has changed")
     if options.check:
         return int(bool(names))

@@ -33,3 +33,7 @@ class MismatchError(EigenTrackError, ValueError):
 
 class NotFittedError(EigenTrackError, RuntimeError):
     """A detector is asked for what it has not learnt yet."""
+
+
+class ServingError(EigenTrackError, RuntimeError):
+    """vLLM cannot be watched as it is: another version, or set to do what the plugin does not follow."""

@@ -32,19 +32,28 @@ class ModelIdentity:
     @staticmethod
     def of(model: nn.Module, tokenizer: Any = None) -> "ModelIdentity":
         """Takes some milliseconds, and on a GPU one copy to the host."""
-        config: Any = getattr(model, "config", None)
+        return ModelIdentity.of_config(
+            getattr(model, "config", None),
+            type(model).__name__,
+            tokenizer="" if tokenizer is None else tokenizer_hash(tokenizer),
+            weights=fingerprint(model),
+        )
+
+    @staticmethod
+    def of_config(config: Any, name: str = "", *, tokenizer: str = "", weights: str = "") -> "ModelIdentity":
+        """From a config alone; `name` stands for a `model_type` that it does not tell."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
         def number(*names: str) -> int:
             return next((int(value) for name in names if (value := getattr(text, name, None))), 0)
 
         return ModelIdentity(
-            architecture=str(getattr(config, "model_type", None) or type(model).__name__),
+            architecture=str(getattr(config, "model_type", None) or name),
             width=number("hidden_size", "n_embd", "d_model"),
             depth=number("num_hidden_layers", "n_layer", "num_layers"),
             vocabulary=number("vocab_size"),
-            tokenizer="" if tokenizer is None else tokenizer_hash(tokenizer),
-            weights=fingerprint(model),
+            tokenizer=tokenizer,
+            weights=weights,
         )
 
     def differences(self, other: "ModelIdentity") -> list[str]:

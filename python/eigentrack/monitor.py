@@ -14,8 +14,7 @@ from eigentrack.candidates import Candidates
 from eigentrack.clock import Clock, Overhead
 from eigentrack.detector import Detector
 from eigentrack.errors import EigenTrackError
-from eigentrack.files import Settings
-from eigentrack.options import NOT_GIVEN, chosen_options
+from eigentrack.options import NOT_GIVEN, chosen_options, settings_of_monitor
 from eigentrack.passes import Pass
 from eigentrack.readings import Readings
 from eigentrack.request import Request
@@ -31,7 +30,6 @@ from eigentrack.taps import (
     without_adapter,
 )
 from eigentrack.windows import Windows
-from rmtkernels import DESCRIPTORS
 
 if TYPE_CHECKING:  # it imports transformers, which the monitor alone does not need
     from eigentrack.stopping import StopWhen
@@ -125,14 +123,8 @@ class EigenTrack(Readings):
         joint = options["layer_scale"] if options["spectra"] == "joint" else None
         self._prompt_too = options["start"] == "prompt"
         self._end_tokens = end_tokens_of(model) if end_tokens is None else list(end_tokens)
-        made = [f"{tap}." for tap in self._tap_names] if joint is None else [""]
-        self._settings = Settings(
-            model=type(model).__name__,
-            names=tuple(f"{prefix}{name}" for prefix in made for name in DESCRIPTORS),
-            taps=tuple(self._tap_names),
-            layers=tuple(self.layers),
-            end_tokens=tuple(self._end_tokens),
-            **{name: value for name, value in options.items() if name not in ("layers", "tap", "modules")},
+        self._settings = settings_of_monitor(
+            type(model).__name__, self._tap_names, self.layers, self._end_tokens, options
         )
         if detector is not None:
             detector.stepper(torch.device("cpu"), self._settings)  # says now what does not fit

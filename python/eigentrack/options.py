@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from eigentrack.errors import EigenTrackError, TapError
-from eigentrack.files import CHOICES
+from eigentrack.files import CHOICES, Settings
 from rmtkernels import DESCRIPTORS
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
@@ -71,6 +71,21 @@ def check_window(window: object) -> None:
     """Raises EigenTrackError unless it is a possible N."""
     if type(window) is not int or not 1 <= window <= MAX_WINDOW:
         raise EigenTrackError(f"window must be 1 to {MAX_WINDOW}, got {window}")
+
+
+def settings_of_monitor(
+    model: str, taps: Sequence[str], layers: Sequence[int], end_tokens: Sequence[int], options: dict[str, Any]
+) -> Settings:
+    """What a monitor with these options is set to, and what its values are called."""
+    prefixes = [""] if options["spectra"] == "joint" else [f"{tap}." for tap in taps]
+    return Settings(
+        model=model,
+        names=tuple(f"{prefix}{name}" for prefix in prefixes for name in DESCRIPTORS),
+        taps=tuple(taps),
+        layers=tuple(layers),
+        end_tokens=tuple(end_tokens),
+        **{name: value for name, value in options.items() if name not in ("layers", "tap", "modules")},
+    )
 
 
 _NO_MODULES = ("modules", None)

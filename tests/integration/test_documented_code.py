@@ -25,7 +25,7 @@ ELSEWHERE = {
     "docs/rmtkd.md": "test_rmtkd_guide.py",
 }
 # Blocks that nothing runs: (page, why), and how many of them.
-NOT_RUN: Counter[tuple[str, str]] = Counter()
+NOT_RUN = Counter({("docs/vllm.md", "needs vLLM, as tests/vllm has it"): 3})
 # Output and drawings: page, and how many.
 TEXT = {"CONTRIBUTING.md": 1, "docs/rmtkd.md": 1}
 PROGRAMS: dict[str, ModuleType] = {"eigentrack": eigentrack.cli, "rmtkd": rmtkd.cli}

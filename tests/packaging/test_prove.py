@@ -10,7 +10,7 @@ from tools import prove, slices
 from tools.prove import Ladder
 
 SLICES = {"covariance", "lanczos", "lowrank_linear", "sliding_window", "spectrum"}
-FOLDERS = ("build_tools", "csrc", "python/rmtkd", "rmtkernels", "tests", "tools")
+FOLDERS = ("build_tools", "csrc", "python/eigentrack", "python/rmtkd", "requirements", "rmtkernels", "tests", "tools")
 # A file, what its change repeats, and what it must not repeat.
 CHANGES = [
     ("csrc/cuda/lowrank_linear.cu", {"lowrank_linear"}, SLICES - {"lowrank_linear"} | {"rmtkd"}),
@@ -26,7 +26,10 @@ CHANGES = [
     ("tests/emulate/fibers.h", SLICES, {"rmtkd"}),
     ("tests/emulate/machine_code/spectrum.json", {"spectrum"}, SLICES - {"spectrum"} | {"rmtkd"}),
     ("tests/compile/test_compile.py", SLICES, {"rmtkd"}),
-    ("python/rmtkd/rank.py", {"rmtkd"}, SLICES),
+    ("python/rmtkd/rank.py", {"rmtkd"}, SLICES | {"vllm"}),
+    ("python/eigentrack/vllm/slots.py", {"vllm"}, SLICES | {"rmtkd"}),
+    ("tests/vllm/drive.py", {"vllm"}, SLICES | {"rmtkd"}),
+    ("requirements/vllm.txt", {"vllm"}, SLICES | {"rmtkd"}),
 ]
 
 
@@ -149,8 +152,26 @@ def test_check_names_what_changed_and_runs_nothing(
     (copy_of_the_tree / prove.RECORD).write_text(json.dumps(record))
     assert prove.main(["--check"], copy_of_the_tree) == 1
     assert "changed since they were proved: lanczos\n" in capsys.readouterr().out
+    assert prove.main(["--check", "--slices", "vllm"], copy_of_the_tree) == 0
+    record["vllm"]["hash"] = "another"
+    (copy_of_the_tree / prove.RECORD).write_text(json.dumps(record))
+    assert prove.main(["--check", "--slices", "vllm"], copy_of_the_tree) == 1
     with pytest.raises(SystemExit):
         prove.main(["--slices", "nonsense"], copy_of_the_tree)
+
+
+def test_what_has_an_environment_of_its_own_runs_only_when_it_is_named(
+    copy_of_the_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(prove, "run", lambda names, *_: ran.append(names))
+    record = {
+        name: {"hash": digest} for name, digest in hashes(copy_of_the_tree).items() if name not in ("vllm", "rmtkd")
+    }
+    (copy_of_the_tree / prove.RECORD).write_text(json.dumps(record))
+    prove.main([], copy_of_the_tree)
+    prove.main(["--slices", "vllm"], copy_of_the_tree)
+    assert ran == [["rmtkd"], ["vllm"]]
 
 
 def test_every_triton_kernel_is_checked_in_the_interpreter() -> None:

@@ -1,0 +1,116 @@
+"""What EigenTrack costs inside vLLM: throughput and first token at 1, 8 and 32 running requests, on against off.
+
+    .venv-vllm/bin/python -m bench.experiments.vllm_overhead --json bench/results/vllm-overhead.json
+
+Two engines, one with the plugin and one without, each in a process of its own and idle while the other runs: they take
+turns, round by round, and every second round goes backwards. A ratio is off / on in seconds, so that 1 is no cost; its
+median over rounds, with the interval that holds 90 % of them. Seconds of the processor are given beside those of the
+clock: they tell the cost where other programs run too.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RUNNING, PROMPT, ANSWER = (1, 8, 32), 32, 64
+WATCH = {"detector": "smollm2-135m"}
+
+
+def serve(watched: bool) -> None:
+    """The child: for each number of requests read, prints seconds by the clock and by the processor, and by the clock
+    till the first token of any."""
+    from vllm import EngineArgs, LLMEngine, SamplingParams
+
+    from eigentrack.loading import demo_model, load_causal_lm
+
+    folder = load_causal_lm(demo_model())[0].name_or_path  # dequantised on disk
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=folder,
+            dtype="float32",
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            max_model_len=256,
+            max_num_seqs=max(RUNNING),
+            kv_cache_memory_bytes=512 << 20,
+            additional_config={"eigentrack": WATCH} if watched else {},
+        )
+    )
+    choose = random.Random(0)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began, spent, first = time.perf_counter(), time.process_time(), 0.0
+        for index in range(int(line)):
+            prompt = {"prompt_token_ids": [choose.randrange(1000, 40000) for _ in range(PROMPT)]}
+            sampling = SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True)
+            engine.add_request(f"{began} {index}", prompt, sampling)
+        while engine.has_unfinished_requests():
+            if engine.step() and not first:
+                first = time.perf_counter() - began
+        print(json.dumps([time.perf_counter() - began, time.process_time() - spent, first]), flush=True)
+
+
+def started(name: str) -> Any:
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [sys.executable, "-m", "bench.experiments.vllm_overhead", "--engine", name]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ask(engine: Any, running: int) -> list[float]:
+    engine.stdin.write(f"{running}\n")
+    engine.stdin.flush()
+    return json.loads(engine.stdout.readline())  # type: ignore[no-any-return]
+
+
+def summary(off: Any, on: Any) -> dict[str, float]:
+    low, middle, high = np.percentile(off / on, [5, 50, 95])
+    return {"off": float(np.median(off)), "on": float(np.median(on)), "ratio": middle, "low": low, "high": high}
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    engines = {name: started(name) for name in ("off", "on")}
+    try:
+        for engine in engines.values():
+            while engine.stdout.readline() not in ("ready\n", ""):
+                pass
+        found = {}
+        for running in RUNNING:
+            times: dict[str, list[list[float]]] = {"off": [], "on": []}
+            for index in range(rounds + 1):
+                for name in ("off", "on") if index % 2 == 0 else ("on", "off"):
+                    times[name].append(ask(engines[name], running))
+            off, on = (np.array(times[name][1:]).T for name in ("off", "on"))  # the first round warms up
+            names = ("all tokens", "all tokens, processor", "first token")
+            found[str(running)] = {name: summary(off[i], on[i]) for i, name in enumerate(names)}
+            print(running, json.dumps(found[str(running)], indent=2), flush=True)
+    finally:
+        for engine in engines.values():
+            engine.stdin.close()
+            engine.wait(60)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.experiments.vllm_overhead", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--engine", choices=["off", "on"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        serve(options.engine == "on")
+        return
+    found = {"prompt": PROMPT, "answer": ANSWER, "rounds": options.rounds, "running": measure(options.rounds)}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
