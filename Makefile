@@ -65,6 +65,7 @@ lock:
 		pyproject.toml requirements/dev.in --output-file requirements/dev.txt
 	$(LOCK) --custom-compile-command 'make lock' requirements/docs.in --output-file requirements/docs.txt
 	$(LOCK) --custom-compile-command 'make lock' requirements/audit.in --output-file requirements/audit.txt
+	$(LOCK:3.10=3.11) --no-deps --custom-compile-command 'make lock' requirements/vllm.in --output-file requirements/vllm.txt
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
@@ -100,7 +101,7 @@ $(VLLM)/.installed-$(VLLM_KEY): $(BUILD)
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	rm -f $(VLLM)/.installed-*
 	$(VLLM)/bin/python -m pip install '$(TORCH)'
-	$(VLLM)/bin/python -m pip install --no-deps --requirement requirements/vllm.txt
+	$(VLLM)/bin/python -m pip install --no-deps --require-hashes --requirement requirements/vllm.txt
 	cp -r .venv/lib/python3.*/site-packages/*rmtkernels* $(VLLM)/lib/python3.*/site-packages/  # the editable install
 	touch $@
 
