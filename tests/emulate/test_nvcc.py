@@ -81,8 +81,10 @@ def test_loads_that_became_narrow_are_found(tmp_path: Path) -> None:
     aligned = "return stride == 1 && dim % Pack<T>::kSize == 0"
     overlay = broken_headers(tmp_path, "sliding_window.cuh", aligned, aligned.replace("return ", "return false && "))
     found = machine_code.report("sliding_window", QUICK, overlay=overlay)
-    lines = machine_code.over_budget(found, machine_code.read_budget("sliding_window")[QUICK])
-    assert len([line for line in lines if "loads_of_16_bytes 0, budget" in line]) == len(found)
+    budget = machine_code.read_budget("sliding_window")[QUICK]
+    lines = machine_code.over_budget(found, budget)
+    wide = [name for name, kernel in budget.items() if kernel["loads_of_16_bytes"]]
+    assert len([line for line in lines if "loads_of_16_bytes 0, budget" in line]) == len(wide) > 10
 
 
 @pytest.mark.parametrize(

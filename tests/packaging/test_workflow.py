@@ -9,7 +9,7 @@ import yaml
 
 from tools import install_check
 
-LOCKS = ("audit", "dev", "docs", "models")
+LOCKS = ("audit", "dev", "docs", "models", "vllm")
 
 
 def targets(root: Path) -> set[str]:
