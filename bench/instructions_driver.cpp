@@ -13,7 +13,8 @@
 
 namespace rmtkernels {
 namespace RMT_ISA {
-double load_row(float*, const void*, DType, int64_t, int64_t);
+void load_row(float*, const void*, DType, int64_t, int64_t);
+double row_norm(const float*, int64_t);
 void dot_rows(double*, const float*, const void*, DType, int64_t, int64_t);
 void eigvalsh_f32(const float*, float*, int64_t, int64_t, int64_t);
 void descriptors(const DescriptorArgs&, int64_t, int64_t);
@@ -82,7 +83,8 @@ void push(DType type, int64_t layers, int64_t window, int64_t dim) {
   std::vector<double> dots(static_cast<size_t>(window));
   measured([&] {
     for (int64_t layer = 0; layer < layers; ++layer) {
-      sink += isa::load_row(x.data(), ring.data(), type, 1, dim);
+      isa::load_row(x.data(), ring.data(), type, 1, dim);
+      sink += isa::row_norm(x.data(), dim);
       isa::dot_rows(dots.data(), x.data(), ring.data(), type, window, dim);
     }
   });

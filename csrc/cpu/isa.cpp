@@ -9,7 +9,8 @@ namespace rmtkernels {
 
 #define RMT_DECLARE_KERNELS(isa)                                                                               \
   namespace isa {                                                                                              \
-  double load_row(float*, const void*, DType, int64_t, int64_t);                                               \
+  void load_row(float*, const void*, DType, int64_t, int64_t);                                                 \
+  double row_norm(const float*, int64_t);                                                                      \
   void dot_rows(double*, const float*, const void*, DType, int64_t, int64_t);                                  \
   void eigvalsh_f32(const float*, float*, int64_t, int64_t, int64_t);                                          \
   void eigvalsh_f64(const double*, double*, int64_t, int64_t, int64_t);                                        \
@@ -26,10 +27,10 @@ namespace rmtkernels {
   void multiply_f64(const MultiplyArgs&, int64_t, int64_t);                                                    \
   void multiply_gram_f32(const MultiplyArgs&, int64_t, int64_t);                                               \
   void multiply_gram_f64(const MultiplyArgs&, int64_t, int64_t);                                               \
-  static const Kernels table = {load_row,          dot_rows,         eigvalsh_f32, eigvalsh_f64, descriptors,  \
-                                squared_norm,      add_rows,         panel_width,  pack_rows,    add_scatter,  \
-                                scale_lower,       load_activations, row_products, multiply_f32, multiply_f64, \
-                                multiply_gram_f32, multiply_gram_f64};                                         \
+  static const Kernels table = {load_row,     row_norm,          dot_rows,         eigvalsh_f32, eigvalsh_f64, \
+                                descriptors,  squared_norm,      add_rows,         panel_width,  pack_rows,    \
+                                add_scatter,  scale_lower,       load_activations, row_products, multiply_f32, \
+                                multiply_f64, multiply_gram_f32, multiply_gram_f64};                           \
   }
 
 RMT_DECLARE_KERNELS(baseline)

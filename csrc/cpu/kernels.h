@@ -54,8 +54,10 @@ static constexpr int64_t gram_scratch(int64_t cols) { return 8 * cols + kTileRow
 
 // One table per instruction set. Problems are numbered; a call does problems begin .. end - 1.
 struct Kernels {
-  // Converts a strided row to float32 and returns its squared norm.
-  double (*load_row)(float* x, const void* row, DType type, int64_t stride, int64_t dim);
+  // Converts a strided row to float32, a bfloat16 one to the order in which dot_rows wants it.
+  void (*load_row)(float* x, const void* row, DType type, int64_t stride, int64_t dim);
+  // <x, x> of such a row, to the bit what dot_rows gives.
+  double (*row_norm)(const float* x, int64_t dim);
   // out[j] = <x, rows[j]> for `count` rows that lie `dim` elements apart.
   void (*dot_rows)(double* out, const float* x, const void* rows, DType type, int64_t count, int64_t dim);
   // Eigenvalues, ascending, of the symmetric matrices whose lower triangles are given.

@@ -13,7 +13,6 @@ namespace {
 constexpr int kBlock = 8;   // weight rows that stay in the nearest cache while all rows of x pass by
 constexpr int kChunk = 16;  // elements of a bfloat16 vector
 
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 
 RMT_INLINE void store_as(float* p, f32x8 v) { store8(p, v); }

@@ -44,6 +44,12 @@ struct Rows {
         step_stride(t.dim() == 3 ? t.stride(1) : 0),
         stride(t.stride(-1)) {}
   const void* row(int64_t b, int64_t t) const { return data + (b * batch_stride + t * step_stride) * size_of(type); }
+  // The row as dot_rows wants it: where it lies if it can be read there, else in x.
+  const float* as_float(float* x, int64_t b, int64_t t, int64_t dim) const {
+    if (type == DType::kFloat32 && stride == 1) return static_cast<const float*>(row(b, t));
+    kernels().load_row(x, row(b, t), type, stride, dim);
+    return x;
+  }
 };
 
 struct Mask {
@@ -85,8 +91,7 @@ void assign_slots(const PushShape& shape, const std::vector<Rows>& rows, const M
             if (mask.keeps(b, t)) {
               bool finite = true;
               for (const Rows& layer : rows)
-                finite = finite &&
-                         norm_is_finite(kernels().load_row(x, layer.row(b, t), layer.type, layer.stride, shape.dim));
+                finite = finite && norm_is_finite(kernels().row_norm(layer.as_float(x, b, t, shape.dim), shape.dim));
               if (finite)
                 slot = window_slot(counters[kSeenRows]++, shape.window);
               else
@@ -98,14 +103,12 @@ void assign_slots(const PushShape& shape, const std::vector<Rows>& rows, const M
       });
 }
 
-// Second pass, one stream: stores the row and refreshes its row and column of the Gram matrix.
-void push_row(char* ring, float* gram, float* x, const void* row, const Rows& rows, const PushShape& shape,
+// Second pass, one stream: stores the row of step t and refreshes its row and column of the Gram matrix.
+void push_row(char* ring, float* gram, float* x, const Rows& rows, int64_t b, int64_t t, const PushShape& shape,
               int64_t slot, int64_t used) {
-  store_row(ring + slot * shape.dim * size_of(rows.type), row, rows.type, rows.stride, shape.dim);
-  const bool ready = rows.type == DType::kFloat32 && rows.stride == 1;  // the row can be read where it lies
-  if (!ready) kernels().load_row(x, row, rows.type, rows.stride, shape.dim);
+  store_row(ring + slot * shape.dim * size_of(rows.type), rows.row(b, t), rows.type, rows.stride, shape.dim);
   double dots[kMaxWindow];
-  kernels().dot_rows(dots, ready ? static_cast<const float*>(row) : x, ring, rows.type, used, shape.dim);
+  kernels().dot_rows(dots, rows.as_float(x, b, t, shape.dim), ring, rows.type, used, shape.dim);
   for (int64_t j = 0; j < used; ++j) gram[slot * shape.window + j] = gram[j * shape.window + slot] = float(dots[j]);
 }
 
@@ -142,14 +145,14 @@ void window_push_(Tensor ring, Tensor gram, Tensor seen, std::vector<Tensor> row
       for (int64_t t = 0; t < shape.steps; ++t) {
         const int64_t slot = slot_of[b * shape.steps + t];
         if (slot < 0) continue;
-        push_row(ring_data + stream * ring_size, gram_data + stream * gram_size, x, streams[layer].row(b, t),
-                 streams[layer], shape, slot, window_rows(++seen_before, shape.window));
+        push_row(ring_data + stream * ring_size, gram_data + stream * gram_size, x, streams[layer], b, t, shape, slot,
+                 window_rows(++seen_before, shape.window));
       }
     }
   });
 }
 
-// A sequence's accepted rows, side by side in float32, and how many had been accepted up to each step.
+// A sequence's accepted rows, side by side as load_row leaves them, and how many had been accepted up to each step.
 struct Sequence {
   std::vector<float> rows;
   std::vector<int64_t> seen;
@@ -161,9 +164,11 @@ Sequence gather_sequence(const Rows& hidden, const Mask& mask, int64_t b, int64_
   s.seen.resize(size_t(steps));
   int64_t accepted = 0;
   for (int64_t t = 0; t < steps; ++t) {
-    float* to = s.rows.data() + accepted * dim;
-    if (mask.keeps(b, t) && norm_is_finite(kernels().load_row(to, hidden.row(b, t), hidden.type, hidden.stride, dim)))
-      ++accepted;
+    if (mask.keeps(b, t)) {
+      float* const to = s.rows.data() + accepted * dim;
+      kernels().load_row(to, hidden.row(b, t), hidden.type, hidden.stride, dim);
+      accepted += norm_is_finite(kernels().row_norm(to, dim));
+    }
     s.seen[size_t(t)] = accepted;
   }
   return s;

@@ -1,5 +1,6 @@
-// Runs the CPU kernels of covariance, lanczos and lowrank_linear on odd sizes, two threads at a time, without Python:
-// what the sanitizer builds execute. Every buffer is a heap block of the exact size. Exits with 1 if a result is wrong.
+// Runs the CPU kernels of sliding_window, covariance, lanczos and lowrank_linear on odd sizes, two threads at a time,
+// without Python: what the sanitizer builds execute. Every buffer is a heap block of the exact size. Exits with 1 if a
+// result is wrong.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -13,6 +14,9 @@
 
 namespace rmtkernels {
 namespace RMT_ISA {
+void load_row(float*, const void*, DType, int64_t, int64_t);
+double row_norm(const float*, int64_t);
+void dot_rows(double*, const float*, const void*, DType, int64_t, int64_t);
 double squared_norm(const void*, DType, int64_t);
 void add_rows(double*, const RowList&, int64_t, int64_t);
 int64_t panel_width(bool);
@@ -139,6 +143,28 @@ void lowrank(int64_t rows, int64_t dim, int64_t out_dim, bool biased) {
     }
 }
 
+// Whole numbers give exact products; numbers that round pin the order of additions: a row's norm and its product with
+// itself are the same bits.
+template <class T>
+void window(int64_t count, int64_t dim, int64_t stride) {
+  const auto rows = numbers<T>(count * dim), row = numbers<T>((dim - 1) * stride + 1);
+  const auto x = numbers<float>(dim);
+  const auto dots = numbers<double>(count);
+  isa::load_row(x.get(), row.get(), kType<T>, stride, dim);
+  in_two_threads(count, 1, [&](int64_t begin, int64_t end) {
+    isa::dot_rows(dots.get() + begin, x.get(), rows.get() + begin * dim, kType<T>, end - begin, dim);
+  });
+  for (int64_t j = 0; j < count; ++j) {
+    double sum = 0;
+    for (int64_t i = 0; i < dim; ++i) sum += as_double(row[i * stride]) * as_double(rows[j * dim + i]);
+    check(dots[j] == sum, "dot_rows", count, dim);
+  }
+  for (int64_t i = 0; i < dim; ++i) x[i] = std::sqrt(float(1 + generator() % 1000));
+  double self;
+  isa::dot_rows(&self, x.get(), x.get(), DType::kFloat32, 1, dim);
+  check(isa::row_norm(x.get(), dim) == self, "row_norm", count, dim);
+}
+
 template <class T, class Row>
 void covariance(int64_t rows, int64_t dim) {
   const bool is_double = sizeof(T) == 8;
@@ -184,6 +210,12 @@ int main() {
       for (const int lanes : {1, 8}) {
         lanczos<float>(rows, cols, lanes, lanes == 8);
         lanczos<double>(rows, cols, lanes, lanes == 1);
+      }
+  for (const int64_t count : {1, 7, 8, 9, 33})
+    for (const int64_t dim : {1, 8, 15, 16, 31, 255, 264, 1024, 1303})
+      for (const int64_t stride : {1, 3}) {
+        window<float>(count, dim, stride);
+        window<bfloat16>(count, dim, stride);
       }
   for (const int64_t rows : {1, 2, 3, 4, 7})
     for (const int64_t dim : {0, 1, 8, 15, 16, 31, 40})

@@ -42,7 +42,7 @@ def pushes(draw: st.DrawFn) -> dict[str, Any]:
         "layers": draw(st.integers(1, 3)),
         "batch": draw(st.integers(1, 4)),
         "window": draw(st.sampled_from((1, 2, 3, 7, 8, 9, 17, 64, 127, 128))),
-        "dim": draw(st.sampled_from((1, 2, 7, 8, 9, 16, 23, 255, 256, 257, 263, 264, 511, 520, 777))),
+        "dim": draw(st.sampled_from((1, 2, 7, 8, 9, 16, 23, 255, 256, 257, 263, 264, 511, 520, 777, 1024, 1303))),
         "dtype": dtype,
         "scale": draw(st.sampled_from((1e-7, 1.0, 1e3) if dtype is torch.float16 else (1e-21, 1e-7, 1.0, 1e15))),
         "steps": draw(st.lists(st.integers(0, 9), min_size=1, max_size=4)),
