@@ -26,9 +26,9 @@ def made_up(track: EigenTrack) -> Detector:
 def generation(limit: float, detector: bool = False, **options: Any) -> Case:
     model, tokenizer = load_causal_lm(demo_model())
     inputs = encode(tokenizer, "Write a long story about the capital of France.")
-    track = EigenTrack(model, **options)
     if detector:
-        track = EigenTrack(model, detector=made_up(track))
+        options = {"detector": made_up(EigenTrack(model, **options))}
+    track, checked = EigenTrack(model, **options), EigenTrack(model, **options)
 
     def plain() -> torch.Tensor:
         output: torch.Tensor = model.generate(
@@ -41,8 +41,11 @@ def generation(limit: float, detector: bool = False, **options: Any) -> Case:
             return plain()
 
     def verify() -> None:
-        assert torch.equal(watched(), plain()), "the monitor changed the model's output"
-        assert track.lengths.tolist() == [NEW_TOKENS - 1], "not every token was watched"
+        """By another monitor: a process's first step makes tables of the laws, which is not counted to the tokens."""
+        with checked:
+            output = plain()
+        assert torch.equal(output, plain()), "the monitor changed the model's output"
+        assert checked.lengths.tolist() == [NEW_TOKENS - 1], "not every token was watched"
 
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return Case(
