@@ -1,6 +1,7 @@
 """state: what watching one sequence holds, and that it stays that much; and what importing costs."""
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,9 @@ def imported(module: str) -> Case:
 
 
 def _python(program: str) -> str:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    """With byte code, as an installed package has it, also where the environment says not to write any."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=kept).stdout
 
 
 @case("state.import_rmtkernels")
