@@ -16,7 +16,7 @@ class SlidingWindow:
     Attributes:
         ring: (L, B, N, D), gram: (L, B, N, N) float32, seen: (B, 3) int64; see `rmtkernels.window_push_`.
         rows: (B,) int64, rows accepted since the last reset, and rejected: (B,) int64, rows skipped because they were
-            not finite. Both are views of `seen`.
+            not finite or their squared norm is no finite float32. Both are views of `seen`.
     """
 
     def __init__(
@@ -31,6 +31,8 @@ class SlidingWindow:
     ) -> None:
         check_window(window)
         check_dtype("dtype", dtype)
+        if min(layers, batch, dim) < 0:
+            raise ShapeError(f"layers, batch and dim must not be negative, got {layers}, {batch} and {dim}")
         self.ring = torch.zeros(layers, batch, window, dim, dtype=dtype, device=device)
         self.gram = torch.zeros(layers, batch, window, window, device=device)
         self.seen = torch.zeros(batch, 3, dtype=torch.int64, device=device)

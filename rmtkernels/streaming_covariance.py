@@ -55,7 +55,7 @@ class StreamingCovariance:
 
     @property
     def rejected(self) -> int:
-        """Rows skipped because they were not finite."""
+        """Rows skipped because they were not finite, or too large for the squares of the state's dtype."""
         return int(self.totals[3])
 
     def update(self, batch: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> None:
@@ -74,7 +74,10 @@ class StreamingCovariance:
         """
         divisor = self.weight - ddof
         if not (self.weight > 0 and divisor > 0):
-            raise StateError(f"no covariance of total weight {self.weight} with ddof={ddof}: update the state first")
+            refused = f" ({self.rejected} rows were rejected)" if self.rejected else ""
+            raise StateError(
+                f"no covariance of total weight {self.weight} with ddof={ddof}{refused}: update the state first"
+            )
         full = self.scatter / divisor
         if not center:
             root = (self.mean * (self.weight / divisor) ** 0.5).to(full.dtype)

@@ -70,8 +70,22 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def to_root(text: str) -> str:
+    """Markdown of docs/ with its links to files of the root, as on GitHub, to the pages that are made of them."""
+    names = {source: page for page, source in PAGES.items()}
+
+    def moved(match: re.Match[str]) -> str:
+        before, target, anchor, after = match.groups()
+        up, source = re.fullmatch(r"((?:\.\./)*)(.*)", target, re.DOTALL).groups()  # type: ignore[union-attr]
+        if not up or source not in names:
+            return match[0]
+        return f"{before}{up.removeprefix('../')}{names[source]}{anchor or ''}{after}"
+
+    return LINK.sub(moved, text)
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    return with_sections(markdown, (ROOT / "README.md").read_text(encoding="utf-8"))
+    return with_sections(to_root(markdown), (ROOT / "README.md").read_text(encoding="utf-8"))
 
 
 def on_post_build(config: Any) -> None:

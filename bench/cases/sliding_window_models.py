@@ -51,6 +51,8 @@ def one_token() -> Case:
     state = rmtkernels.SlidingWindow(MODEL_LAYERS, 1, WINDOW, MODEL_WIDTH, dtype=torch.bfloat16)
     peers: dict[str, Callable[[], Tensor]] = {"best of: bmm": Rings(rows, bmm), "best of: vecdot": Rings(rows, vecdot)}
 
+    words = state.ring.view(torch.int64)
+
     def ours() -> Tensor:
         state.update(rows)
         return state.gram
@@ -66,7 +68,7 @@ def one_token() -> Case:
 
     return Case(
         ours=ours,
-        peers=dict(peers),
+        peers={**peers, "only reading the rows: the sum of their bytes as integers": words.sum},
         verify=verify,
         targets={},
         bytes_read=MODEL_LAYERS * (WINDOW + 1) * MODEL_WIDTH * 2,

@@ -4,6 +4,7 @@ they come, "eigentrack report" makes a page of a recording."""
 import argparse
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eigentrack.errors import EigenTrackError, TapError
+from rmtkernels.errors import RmtkernelsError
 from rmtkernels.ops.sliding_window import MAX_WINDOW
 
 if TYPE_CHECKING:  # the rest is imported when it is needed: --help must not wait for transformers
@@ -42,16 +44,25 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("stopped", 130)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rmtkernels[{_extra(arguments)}]'")
-    except (EigenTrackError, OSError) as error:
+    except (RmtkernelsError, OSError) as error:
         return _fail(str(error))
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(_finite(found), indent=2, allow_nan=False))
     return 0
 
 
 def _fail(message: str, status: int = 1) -> int:
     print(f"eigentrack: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _finite(found: Any) -> Any:
+    """The same with null for numbers that JSON does not have: a risk of activations that were not finite is NaN."""
+    if isinstance(found, dict):
+        return {name: _finite(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _extra(arguments: argparse.Namespace) -> str:
@@ -238,6 +249,9 @@ def _report(arguments: argparse.Namespace) -> dict[str, str]:
     if detector is not None and recording.risk is None:
         recording = replace(recording, risk=detector.score(recording))
     path = arguments.output or arguments.recording.with_suffix(".html")
+    if path.resolve() == arguments.recording.resolve():
+        raise EigenTrackError(f"{path} is the recording itself: name another file with --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
     runs = runs_of(recording, _tokenizer(arguments.tokenizer), arguments.prompt, threshold)
     write_report(path, runs)
     if not arguments.json:

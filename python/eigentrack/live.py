@@ -124,7 +124,7 @@ def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
                 last = self.headers.get("Last-Event-ID", "")
                 self._begin("text/event-stream", {})
                 try:
-                    live._stream(self.wfile.write, int(last) if last.isdecimal() else 0)
+                    live._stream(self.wfile.write, int(last) if last.isdecimal() and len(last) < 20 else 0)
                 except OSError:  # the page has been closed
                     self.close_connection = True
             else:

@@ -21,18 +21,18 @@ def plot_spectra(runs: Sequence[Watched], path: str | Path) -> Path:
     colours = pyplot.get_cmap("viridis")
     for column, run in enumerate(runs):
         steps, spectra = run.descriptors.shape[:2]
-        middle = spectra // 2
+        middle, joint = spectra // 2, run.recording.settings.spectra == "joint"
         top, bottom = axes[0, column], axes[1, column]
         eigenvalues = run.eigenvalues[:, middle].clone()
         eigenvalues[eigenvalues <= 0] = float("nan")
         for rank in range(eigenvalues.shape[1]):
             top.semilogy(eigenvalues[:, rank], color=colours(rank / eigenvalues.shape[1]), linewidth=0.9)
-        name = f"layer {run.layers[middle]}" if spectra > 1 else "joint"
+        name = "joint" if joint else f"layer {run.layers[middle]}"
         prompt = printable(run.prompt)
         title = prompt if len(prompt) < 60 else prompt[:57] + "..."
         top.set_title(title.replace("$", r"\$"), fontsize=10)
         for spectrum in range(spectra):
-            label = f"layer {run.layers[spectrum]}" if spectra > 1 else "joint"
+            label = "joint" if joint else f"layer {run.layers[spectrum]}"
             entropy = run.descriptors[:, spectrum, DESCRIPTORS.index("entropy")]
             bottom.plot(range(steps), entropy, color=colours(spectrum / max(spectra - 1, 1)), label=label, linewidth=1)
         bottom.set_xlabel("generated token")

@@ -65,7 +65,7 @@ class Readings:
     def watching(self) -> bool:
         """Whether a token of the running request has been watched yet; until then there is nothing to read."""
         self._settle()
-        return self._windows.history is not None
+        return self._windows.steps > 0
 
     @property
     def steps(self) -> int:

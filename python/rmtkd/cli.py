@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rmtkd.config import CHOICES, Config
-from rmtkd.errors import ConfigError, RmtkdError
+from rmtkd.errors import ConfigError
+from rmtkernels.errors import RmtkernelsError
 
 SETTINGS = {
     "mode": "width: narrow the network itself (default). factor: replace layers by products of two thin matrices",
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("stopped; a run that is called again with the same arguments goes on", 130)
     except ImportError as error:
         return _fail(f"{error}: pip install 'rmtkernels[rmtkd]'")
-    except (RmtkdError, OSError) as error:
+    except (RmtkernelsError, OSError) as error:
         return _fail(str(error))
     print(json.dumps(report.fields, indent=2) if arguments.json else report.text)
     return 0

@@ -124,12 +124,23 @@ def _load(folder: Path, examples: list[Example], arguments: argparse.Namespace, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if (folder / files.DESCRIPTION).is_file():
-            return _Loaded(rmtkd.load(folder), tokenizer, False)
+            loaded = rmtkd.load(folder)
+            _check_task(folder, loaded, labelled=examples[0].label is not None)
+            return _Loaded(loaded, tokenizer, False)
         with files.quiet_transformers():
             model, told = _from_pretrained(kind, folder, highest + 1)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"cannot load {folder}: {error}") from error
     return _Loaded(model.eval(), tokenizer, bool(told["missing_keys"]))
+
+
+def _check_task(folder: Path, model: Any, labelled: bool) -> None:
+    """A saved model is what it is: no head is drawn for it."""
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    if classifies != labelled:
+        raise ModelError(
+            f"{folder} holds a {type(model).__name__}, which is for texts {'with' if classifies else 'without'} labels"
+        )
 
 
 def _from_pretrained(kind: Any, folder: Path, classes: int) -> tuple[Any, Any]:

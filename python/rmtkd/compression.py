@@ -23,7 +23,7 @@ def compress(model: nn.Module, plan: Plan, calibration: Iterable[Batch] | None =
             there. Without them they follow from the projection alone, and more is left for distillation to repair.
 
     Raises:
-        PlanError: if the plan is of another model or without covariances.
+        PlanError: if the plan is of another model, as far as layers and parameters tell, or without covariances.
         ModelError: width mode, if the model is of no known family.
     """
     if missing := [layer.name for layer in plan.layers if layer.name not in plan.covariances]:
@@ -31,6 +31,9 @@ def compress(model: nn.Module, plan: Plan, calibration: Iterable[Batch] | None =
             f"the plan has no covariance of {missing[0]}: one that was read from JSON tells what was planned, but "
             "cannot be carried out; plan again"
         )
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if found != plan.model_parameters[0]:
+        raise PlanError(f"the plan is of a model with {plan.model_parameters[0]:,} parameters, this one has {found:,}")
     if plan.config.mode == "factor":
         from rmtkd import factor
 

@@ -92,6 +92,7 @@ class Config:
             _check_range(name, getattr(self, name), 0, 1)
         for name in ("multiple", "calibration_rows", "stages"):
             _check_range(name, getattr(self, name), 1, float("inf"))
+        _check_range("seed", self.seed, 0, 2**32 - 1)  # of every generator, NumPy's too
         for name in ("epochs", "warm_up_epochs", "weight_decay", "baseline", "final_learning_rate", "max_drop"):
             _check_range(name, getattr(self, name), 0, float("inf"), open_high=True)
         for name in ("temperature", "learning_rate"):

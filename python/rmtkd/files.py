@@ -195,7 +195,8 @@ def _to_disk(folder: Path) -> None:
 
 def _take_place(aside: Path, folder: Path) -> None:
     """Renames to `folder`. If there is one, it is out of the way for the moment between two renames, and comes back if
-    the second fails."""
+    the second fails. Of a symbolic link, it is the folder that it leads to."""
+    folder = folder.resolve()
     if not folder.exists():
         aside.rename(folder)
         return
@@ -232,7 +233,9 @@ def _description(folder: Path) -> Description:
 
 
 def _load_pretrained(folder: Path, description: Description, model: nn.Module | None) -> nn.Module:
-    kind: Any = type(model) if type(model).__name__ == description.model else _class_named(folder, description)
+    if model is not None and type(model).__name__ != description.model:
+        raise FileFormatError(f"{folder} holds a {description.model:.80}, not a {type(model).__name__}")
+    kind: Any = _class_named(folder, description) if model is None else type(model)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)  # is not written to config.json
     options = {} if attention is None else {"attn_implementation": attention}
     try:

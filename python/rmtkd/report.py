@@ -43,9 +43,10 @@ def read(folder: Path) -> tuple[dict[str, Plan], tuple[Stage, ...], str]:
         OSError: if one cannot be read.
     """
     stages = sorted(
-        folder.glob(f"stages/stage-*/{files.PLAN}"), key=lambda path: int(path.parent.name[len("stage-") :])
+        (path for path in folder.glob(f"stages/stage-*/{files.PLAN}") if _number(path).isdecimal()),
+        key=lambda path: int(_number(path)),
     )
-    found = {f"Stage {path.parent.name.removeprefix('stage-')}": path for path in stages}
+    found = {f"Stage {_number(path)}": path for path in stages}
     if (folder / files.PLAN).is_file():
         found = {"Plan": folder / files.PLAN} | found
     plans = {name: Plan.from_json(path.read_text(encoding="utf-8")) for name, path in found.items()}
@@ -54,6 +55,11 @@ def read(folder: Path) -> tuple[dict[str, Plan], tuple[Stage, ...], str]:
     if not plans and not history:
         raise FileFormatError(f"{folder} holds neither {files.PLAN} nor {files.RESULT}: give the --output of a command")
     return plans, history, reason
+
+
+def _number(plan: Path) -> str:
+    """Of the stage that a plan lies in."""
+    return plan.parent.name.removeprefix("stage-")
 
 
 def page(plans: Mapping[str, Plan], history: Sequence[Stage], reason: str) -> str:

@@ -135,7 +135,9 @@ class Texts:
                 labels = batch.pop("labels")
                 gained, rows = _score(model(**batch).logits.float(), labels, self._labels is None)
                 total, counted = total + gained, counted + rows
-        return total / max(counted, 1)
+        if not counted:
+            raise DataError("no text has a second token: a language model is scored on tokens that follow others")
+        return total / counted
 
     def one_and_all(self) -> dict[int, dict[str, Tensor]]:
         """The first text, and the first batch, by their number of texts: for timing."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rmtkernels.errors import DeviceError, DtypeError, MatrixError, ShapeError
-from rmtkernels.ops.lanczos_basis import Basis, Ritz
+from rmtkernels.ops.lanczos_basis import Basis, Ritz, random_source
 from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, in_full_precision
 
 BLOCK = 8  # the kernel's lanes: wider blocks need more products, narrower ones waste them
@@ -75,8 +75,8 @@ def lanczos_eigh(
         BackendError: if `backend` is missing.
     """
     multiply = LinearMap(matrix, gram, center, backend)
-    if not 1 <= k <= multiply.dim:
-        raise ShapeError(f"k must be 1 to {multiply.dim}, got {k}")
+    if type(k) is not int or not 1 <= k <= multiply.dim:
+        raise ShapeError(f"k must be a whole number from 1 to {multiply.dim}, got {k!r}")
     return _solve(multiply, _Largest(k), tol, start, seed, max_steps)
 
 
@@ -233,7 +233,7 @@ def room_for(k: int) -> int:
 
 def _begin(multiply: LinearMap, k: int, start: Tensor | None, seed: int) -> Basis:
     """A basis of one block, after the first product has shown whether the matrix can be worked with."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_source(seed)
     given = multiply.matrix.new_empty(0, multiply.dim) if start is None else _checked_start(multiply, start)
     missing = min(BLOCK, multiply.dim - len(given))
     rows = torch.randn(missing, multiply.dim, generator=generator, dtype=multiply.dtype)

@@ -1,5 +1,6 @@
 """The Krylov basis of block Lanczos: steps, restarts, Ritz values. Vectors are rows; nothing waits for the device."""
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,12 @@ from torch import Tensor
 
 from rmtkernels.ops.lanczos_multiply import LinearMap
 from rmtkernels.ops.lanczos_orthonormalize import Orthonormal, orthonormalize
+
+
+def random_source(seed: int) -> torch.Generator:
+    """Numbers that are not those of `torch.manual_seed(seed)`: data drawn with the same seed would be the start itself."""
+    digest = hashlib.sha256(f"rmtkernels.lanczos {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 class Ritz(NamedTuple):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rmtkernels.errors import ShapeError
 from rmtkernels.laws import tracy_widom_quantile
+from rmtkernels.ops.lanczos_basis import random_source
 from rmtkernels.ops.lanczos_multiply import LinearMap, check_first_product, in_full_precision
 
 _TRANSIENT = 10  # coefficients that still remember the start and the spikes
@@ -126,7 +127,7 @@ def jacobi(multiply: LinearMap, steps: int, probes: int, seed: int) -> tuple[Ten
     """
     if not 1 <= steps <= multiply.dim or probes < 1:
         raise ShapeError(f"steps must be 1 to {multiply.dim} and probes positive, got {steps} and {probes}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_source(seed)
     unit = torch.randn(probes, multiply.dim, generator=generator, dtype=multiply.dtype).to(multiply.device)
     unit /= unit.norm(dim=1, keepdim=True)
     basis = unit.new_zeros(probes, steps, multiply.dim)

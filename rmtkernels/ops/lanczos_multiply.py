@@ -123,12 +123,16 @@ class LinearMap:
         return torch.ops.rmtkernels.lanczos_multiply(self.matrix, block)  # type: ignore[no-any-return]
 
     def check_scale(self, scale: float) -> None:
-        """Raises MatrixError if eigenvalues up to `scale` do not fit the dtype; only those of a zero matrix are 0."""
+        """Raises MatrixError if eigenvalues up to `scale` do not fit the dtype; only those of a zero matrix are 0.
+
+        Norms are sums of squares in float64: of float64 eigenvalues the squares must fit, and a tolerance's as well.
+        """
         limits = torch.finfo(self.dtype)
-        if not scale < limits.max / 2:
+        least, most = (limits.tiny, limits.max / 2) if self.dtype == torch.float32 else (1e-130, 1e150)
+        if not scale < most:
             raise MatrixError("the eigenvalues overflow the matrix's dtype; scale it down")
         if (
-            scale < limits.tiny
+            scale < least
             and (self.matrix if self.mean is None else self.matrix - self.mean[0] - self.mean[1]).any()
         ):
             raise MatrixError("the eigenvalues underflow the matrix's dtype; scale it up")

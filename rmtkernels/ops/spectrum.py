@@ -126,7 +126,8 @@ def spectrum_descriptors(
         gram: (L, B, N, N) float32: Gram matrices of L layers and B sequences, N <= 128, as `window_push_` leaves them.
         seen: (B,) int64: rows pushed so far; the first min(seen, N) slots are in use, (seen - 1) mod N is the newest.
         dim: width D of a row of one layer.
-        center: subtract the mean row of the window first (on the Gram matrix, in float64).
+        center: subtract the mean row of the window first (on the Gram matrix, in float64; its entries are float32, so
+            of a mean a thousand times the deviations a per cent is lost, and of one three thousand times all).
         joint: None for one spectrum per layer; "trace" or "none" for one spectrum per sequence from the sum of its
             layers' Gram matrices, each divided by its own trace or as it is (the concatenated activations, width L D).
         normalize: "rms" divides every row of activations by its root mean square first (on the Gram matrix, before

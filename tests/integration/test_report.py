@@ -195,7 +195,7 @@ def test_the_command_makes_a_page_of_a_recording(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == f"report: {tmp_path / 'run.html'}\n"
     [run] = shown((tmp_path / "run.html").read_text())["runs"]
     assert run == json.loads(json.dumps(runs_of(load(tmp_path / "run.safetensors"), prompts=["<b>"])[0]))
-    other = tmp_path / "other.html"
+    other = tmp_path / "new" / "other.html"
     assert cli.main(["report", str(tmp_path / "run.safetensors"), "--output", str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"report": str(other)} and other.exists()
 
@@ -214,3 +214,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         error = capsys.readouterr().err
         assert error.startswith("eigentrack: ") and wanted in error and error.count("\n") == 1
     assert not list(tmp_path.glob("*.html"))
+    recording(3).save(tmp_path / "run.html")
+    before = (tmp_path / "run.html").read_bytes()
+    assert cli.main(["report", str(tmp_path / "run.html")]) == 1
+    assert "is the recording itself" in capsys.readouterr().err and (tmp_path / "run.html").read_bytes() == before

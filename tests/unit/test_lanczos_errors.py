@@ -68,6 +68,29 @@ def test_slight_asymmetry_shows_in_the_residuals() -> None:
     assert torch.allclose(result.residuals * float(result.eigenvalues[0]), true, rtol=0.2)
 
 
+@pytest.mark.parametrize("scale", [1e-160, 1e-200, 1e-300, 1e155])
+def test_float64_eigenvalues_whose_squares_do_not_fit(scale: float) -> None:
+    matrix = symmetric(300, torch.float64) * scale
+    samples = normal(300, 300, dtype=torch.float64) * scale**0.5
+    for call in (lambda: lanczos_eigh(matrix, 5), lambda: lanczos_eigh(samples, 5, gram=True)):
+        with pytest.raises(MatrixError, match="scale it"):
+            call()
+    with pytest.raises(MatrixError, match="scale it"):
+        lanczos_above(matrix, 20 * scale)
+
+
+@pytest.mark.parametrize("scale", [1e-125, 1e-60, 1e140])
+def test_float64_eigenvalues_whose_squares_fit(scale: float) -> None:
+    matrix = symmetric(300, torch.float64)
+    result = lanczos_eigh(matrix * scale, 5)
+    want = torch.linalg.eigvalsh(matrix).flip(0)[:5]
+    assert result.complete and torch.allclose(result.eigenvalues / scale, want, rtol=1e-9)
+    samples = normal(300, 300, dtype=torch.float64) * scale**0.5
+    result = lanczos_eigh(samples, 5, gram=True)
+    want = torch.linalg.eigvalsh(samples.mT / scale**0.5 @ samples / scale**0.5).flip(0)[:5]
+    assert result.complete and torch.allclose(result.eigenvalues / scale, want, rtol=1e-9)
+
+
 def test_overflow() -> None:
     with pytest.raises(MatrixError, match="overflow"):
         lanczos_eigh(symmetric(300) * 1e37, 4)
@@ -99,6 +122,7 @@ def test_underflow_of_a_matrix() -> None:
         (ShapeError, lambda: lanczos_eigh(torch.zeros(0, 4), 1, gram=True)),
         (ShapeError, lambda: lanczos_eigh(torch.eye(4), 0)),
         (ShapeError, lambda: lanczos_eigh(torch.eye(4), 5)),
+        (ShapeError, lambda: lanczos_eigh(torch.eye(4), 2.0)),  # type: ignore[arg-type]
         (ShapeError, lambda: lanczos_eigh(torch.eye(4), 1, center=True)),
         (ShapeError, lambda: lanczos_eigh(torch.eye(4), 1, tol=0.0)),
         (ShapeError, lambda: lanczos_eigh(torch.eye(4), 1, tol=1e-9)),

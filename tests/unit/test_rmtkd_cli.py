@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import rmtkd
 from rmtkd import cli, commands, progress
 from rmtkd.files import DESCRIPTION
 from rmtkd.plans import Plan
@@ -316,6 +317,25 @@ def test_a_failure_is_one_line_and_a_one(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("rmtkd: ") and captured.err.count("\n") == 1
     assert reason in captured.err
+
+
+@pytest.mark.parametrize(("model", "data"), [("language", "labelled"), ("classifier", "plain")])
+def test_a_saved_model_is_what_it_is(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, data: str
+) -> None:
+    kind: Any = AutoModelForCausalLM if model == "language" else AutoModelForSequenceClassification
+    rmtkd.save(kind.from_pretrained(folders[model]), tmp_path / "saved")
+    tokenizer().save_pretrained(tmp_path / "saved")
+    assert cli.main(command("evaluate", "--model", tmp_path / "saved", "--data", folders[data])) == 1
+    assert f"which is for texts {'without' if model == 'language' else 'with'} labels" in capsys.readouterr().err
+
+
+def test_texts_of_one_token_have_no_perplexity(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n' * 3)
+    assert cli.main(command("evaluate", "--model", folders["language"], "--data", tmp_path / "short.jsonl")) == 1
+    assert "no text has a second token" in capsys.readouterr().err
 
 
 def test_a_family_that_cannot_be_narrowed(

@@ -208,6 +208,15 @@ def test_saving_again_replaces_the_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "m", target_is_directory=True)
+    for model in (bert(), small()):
+        save(model, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "m"]
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [DESCRIPTION, WEIGHTS]
+
+
 def test_what_rmtkd_did_not_write_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save(small(), tmp_path / "empty")
@@ -373,3 +382,8 @@ def test_a_class_of_your_own_needs_an_instance(folder: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nowhere")
+
+
+def test_an_instance_of_another_class_is_refused(stock: Path) -> None:
+    with pytest.raises(FileFormatError, match="holds a Bert.*, not a Linear"):
+        load(stock, model=nn.Linear(2, 2))

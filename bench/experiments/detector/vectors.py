@@ -15,8 +15,6 @@ from bench.experiments.detector.data import Data
 from bench.experiments.detector.windows import cached
 
 RANK = 16
-CONTEXT = ("nearest", "inside", "outside", "mean_direction", "step")
-REFERENCE = ("inside", "outside", "mahalanobis")
 
 
 def context_features(folder: Path) -> list[Tensor]:
