@@ -125,6 +125,16 @@ def quantile(report: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def parts(report: dict[str, Any]) -> str:
+    """A row per part that was narrowed, a column per task."""
+    by_key = _by(report["units"], "part", "task")
+    tasks = list(dict.fromkeys(unit["key"]["task"] for unit in report["units"]))
+    lines = [f"| narrowed | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    for part in dict.fromkeys(unit["key"]["part"] for unit in report["units"]):
+        lines.append(f"| {' | '.join([part, *(_percent(by_key[part, task], 'accuracy') for task in tasks)])} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{
         f"{task}-{setting}": classification
@@ -134,6 +144,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sst2-three-epochs": classification,
     "sst2-scratch-cpu": classification,
     "staged": staged,
+    "parts": parts,
     "resnet": curve,
     "resnet56": curve,
     "language": language,

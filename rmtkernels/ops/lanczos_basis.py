@@ -12,7 +12,7 @@ from rmtkernels.ops.lanczos_orthonormalize import Orthonormal, orthonormalize
 
 
 def random_source(seed: int) -> torch.Generator:
-    """Numbers that are not those of `torch.manual_seed(seed)`: data drawn with the same seed would be the start itself."""
+    """Not the numbers of `torch.manual_seed(seed)`: samples drawn with the same seed would be the starts themselves."""
     digest = hashlib.sha256(f"rmtkernels.lanczos {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 

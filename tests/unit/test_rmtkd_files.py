@@ -385,5 +385,5 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_an_instance_of_another_class_is_refused(stock: Path) -> None:
-    with pytest.raises(FileFormatError, match="holds a Bert.*, not a Linear"):
+    with pytest.raises(FileFormatError, match=r"holds a Bert.*, not a Linear"):
         load(stock, model=nn.Linear(2, 2))
