@@ -50,7 +50,7 @@ SMALLEST = 16  # bytes of the file in which a process is killed in mid-file
 def run(output: Path) -> None:
     """The command: warms up, narrows in two stages, and writes the end of it."""
     arguments = ["run", "--model", "model", "--data", "texts.jsonl", "--dev", "texts.jsonl", "--output", str(output)]
-    settings = ["--stages", "2", "--epochs", "2", "--batch", "4", "--baseline", "1"]
+    settings = ["--stages", "2", "--epochs", "1", "--batch", "4", "--baseline", "1"]
     settings += ["--quantile", "0.3", "--multiple", "4", "--max-drop", "1"]
     with contextlib.redirect_stdout(sys.stderr):
         if cli.main([*arguments, *settings, "--threads", "1", "--quiet"]) != 0:

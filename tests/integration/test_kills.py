@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = os.environ.get("RMTKERNELS_PROVE") == "1"
-# Jobs of kills.py, with so many random moments, and every so many operations on files: "run" makes a hundred.
-TIMES = {"run": (13, 7), "distil": (13, 1), "fit": (12, 1), "cache": (12, 2)} if LONG else {"run": (1, 31)}
+# Jobs of kills.py, with so many random moments, and every so many operations on files: "run" makes eighty.
+TIMES = {"run": (13, 7), "distil": (13, 1), "fit": (12, 1), "cache": (12, 2)} if LONG else {"run": (1, 47)}
 # What a killed process may leave beside its place for good: nobody can tell it from what another is writing there.
 # A run owns its folder, and leaves nothing.
 LEFT = {
