@@ -37,8 +37,21 @@ SYSTEMS = {
         ["python/eigentrack", "python/rmtkd", "bench/experiments/detector", "tests/integration/kills.py"],
         "tests/integration",
     ),
-    "soak": (["python/eigentrack", "rmtkernels", "csrc/cpu", "tests/integration/soak.py"], "tests/integration"),
+    "soak": (
+        [
+            "python/eigentrack",
+            "rmtkernels/states.py",
+            "csrc/cpu/sliding_window.cpp",
+            "csrc/cpu/spectrum.cpp",
+            "tests/integration/soak.py",
+        ],
+        "tests/integration",
+    ),
     "monitor": (["python/eigentrack"], "tests/integration"),
+    "sanitized": (
+        ["csrc/cpu", "csrc/include", "csrc/tensor_check.h", "tools/sanitized_suite.py", "tools/fork_join.cpp"],
+        "tests/integration",
+    ),
 }
 # Ladders that `make test-vllm` runs in an environment of its own: what they depend on, and their tests.
 _WATCHING = ("vllm", "detector.py", "files.py", "network.py", "options.py", "taps.py")
