@@ -33,6 +33,25 @@ SYSTEMS = {
     "rmtkd": (["python/rmtkd"], "tests/integration"),
     "bad_input": (["python/eigentrack"], "tests/integration"),
     "examples": (["examples"], "tests/integration"),
+    "kills": (
+        ["python/eigentrack", "python/rmtkd", "bench/experiments/detector", "tests/integration/kills.py"],
+        "tests/integration",
+    ),
+    "soak": (
+        [
+            "python/eigentrack",
+            "rmtkernels/states.py",
+            "csrc/cpu/sliding_window.cpp",
+            "csrc/cpu/spectrum.cpp",
+            "tests/integration/soak.py",
+        ],
+        "tests/integration",
+    ),
+    "monitor": (["python/eigentrack"], "tests/integration"),
+    "sanitized": (
+        ["csrc/cpu", "csrc/include", "csrc/tensor_check.h", "tools/sanitized_suite.py", "tools/fork_join.cpp"],
+        "tests/integration",
+    ),
 }
 # Ladders that `make test-vllm` runs in an environment of its own: what they depend on, and their tests.
 _WATCHING = ("vllm", "detector.py", "files.py", "network.py", "options.py", "taps.py")
@@ -79,21 +98,17 @@ def ladders(root: Path = ROOT) -> dict[str, Ladder]:
         tests = [str(file.relative_to(root)) for file in slices.programs_of(name, root) if _is_test(file)]
         digest = slices.hash_of(slices.files_of(name, root), root)
         found[name] = Ladder(name, digest, [*sorted(tests), "-k", slices.keywords(name, root)])
-    for name, (folders, tests_of) in SYSTEMS.items():
+    for name, (paths, tests_of) in SYSTEMS.items():
         tests = [
             str(file.relative_to(root))
             for file in sorted((root / tests_of).glob(f"test_{name}*.py"))
             if WAITING in file.read_text()
         ]
-        files = [file for folder in folders for file in (root / folder).rglob("*.py")]
         if tests:
-            digest = slices.hash_of([*files, *(root / test for test in tests)], root)
+            digest = slices.hash_of([*_files(root, paths), *(root / test for test in tests)], root)
             found[name] = Ladder(name, digest, tests)
     for name, (paths, tests_of) in ELSEWHERE.items():
-        places = [root / path for path in (*paths, tests_of)]
-        files = [place for place in places if place.is_file()]
-        files += [file for place in places for file in place.rglob("*.py")]
-        found[name] = Ladder(name, slices.hash_of(files, root), [tests_of])
+        found[name] = Ladder(name, slices.hash_of(_files(root, [*paths, tests_of]), root), [tests_of])
     return found
 
 
@@ -178,6 +193,13 @@ def run(names: list[str], all_ladders: dict[str, Ladder], root: Path, jobs: int)
         (root / RECORD).write_text(json.dumps(kept, indent=2) + "\n")
         print(f"prove: {name} passed {result['passed']} tests in {result['seconds']} s; commit {RECORD}", flush=True)
     return int(bool(failed))
+
+
+def _files(root: Path, paths: list[str]) -> list[Path]:
+    """Files, and the sources in folders."""
+    places = [root / path for path in paths]
+    found = [place for place in places if place.is_file()]
+    return [*found, *(file for place in places for file in place.rglob("*") if file.suffix in slices.SUFFIXES)]
 
 
 def _is_test(file: Path) -> bool:

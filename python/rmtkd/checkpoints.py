@@ -101,7 +101,7 @@ class Checkpoints:
         mine = {"format": _KIND, "version": VERSION, "model": digest(model), "config": json.loads(config.to_json())}
         if processes.first() and not (self.folder / _RUN).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / _RUN, mine)
+            files.write_whole(self.folder / _RUN, json.dumps(mine, indent=2))
         processes.wait()
         _refuse_another(self.folder, _read(self.folder / _RUN), mine)
 
@@ -136,7 +136,8 @@ class Checkpoints:
             files.save(state.average, aside / _AVERAGE, plan=state.plan, config=self.config)
         frozen = [name for name, parameter in state.model.named_parameters() if not parameter.requires_grad]
         history = [asdict(stage) for stage in state.history]
-        _write(aside / _STAGE, {"history": history, "reason": state.reason, "frozen": frozen})
+        found = {"history": history, "reason": state.reason, "frozen": frozen}
+        files.write_whole(aside / _STAGE, json.dumps(found, indent=2))
         aside.rename(whole)
         _sync(self.folder)
 
@@ -234,16 +235,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FileFormatError(f"{path} is damaged: it holds no JSON object")
     return found
-
-
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(found, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _sync(folder: Path) -> None:

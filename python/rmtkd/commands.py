@@ -40,7 +40,7 @@ def plan(arguments: argparse.Namespace, config: Config) -> Report:
     text = planned.table()
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / files.PLAN).write_text(planned.to_json(), encoding="utf-8")
+        files.write_whole(arguments.output / files.PLAN, planned.to_json())
         picture = planned.plot(arguments.output / "plan.png")
         text += f"\npicture: {picture}"
     return Report(json.loads(planned.to_json()), text)
@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace, config: Config) -> Report:
     found = {"history": [asdict(stage) for stage in result.history], "reason": result.reason}
     if not processes.first():
         return Report(found, "")
-    rmtkd.save(result.model, result_folder, config=config)
-    loaded.tokenizer.save_pretrained(result_folder)
-    (arguments.output / files.RESULT).write_text(json.dumps(found, indent=2), encoding="utf-8")
+    rmtkd.save(result.model, result_folder, config=config, tokenizer=loaded.tokenizer)
+    files.sweep(result_folder)
+    files.write_whole(arguments.output / files.RESULT, json.dumps(found, indent=2))
     return Report(found, f"{result.table()}\nmodel: {result_folder}")
 
 
@@ -81,7 +81,7 @@ def report(arguments: argparse.Namespace, config: Config) -> Report:
     from rmtkd.report import page, read
 
     path = arguments.output or arguments.folder / "report.html"
-    path.write_text(page(*read(arguments.folder)), encoding="utf-8")
+    files.write_whole(path, page(*read(arguments.folder)))
     return Report({"report": str(path)}, f"report: {path}")
 
 

@@ -5,6 +5,7 @@
 # to understand than it saves. rmtkernels cannot hold them, for operators do not know safetensors.
 
 import copy
+import glob
 import json
 import os
 import secrets
@@ -68,7 +69,14 @@ class Description:
     config: Config | None
 
 
-def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, config: Config | None = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    plan: Plan | None = None,
+    config: Config | None = None,
+    tokenizer: Any = None,
+) -> Path:
     """Writes a model to a folder, beside it first, and renames: nobody ever finds half of one.
 
     A narrowed model (width mode) is a stock model, and what is written is what its `save_pretrained` writes: anyone's
@@ -79,6 +87,7 @@ def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, conf
         folder: to make. One that is there must be empty, or hold what `save` wrote, which is replaced whole.
         plan: written beside, as plan.json, for people.
         config: kept in the description; default: the plan's.
+        tokenizer: of transformers, written into the folder too.
 
     Returns:
         The folder.
@@ -100,6 +109,8 @@ def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, conf
             (aside / PLAN).write_text(plan.to_json(), encoding="utf-8")
         found = {"format": FORMAT, "format_version": VERSION} | asdict(description)
         (aside / DESCRIPTION).write_text(json.dumps(found, indent=2), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         _to_disk(aside)
         _take_place(aside, folder)
     except SafetensorError as error:  # what safetensors makes of a full disk
@@ -107,6 +118,23 @@ def save(model: nn.Module, folder: str | Path, *, plan: Plan | None = None, conf
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def sweep(folder: Path) -> None:
+    """Removes what calls of `save` that were killed have left beside a folder. Nobody may be saving to it."""
+    for kind in ("partial", "old"):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 8}.{kind}"):
+            shutil.rmtree(left)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside its place first, and renames."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -139,8 +139,8 @@ def arm(point: str) -> None:
         raise ValueError(point)
 
 
-def fork(task: Callable[[], None]) -> int:
-    """The status of a process that does the task."""
+def start(task: Callable[[], None]) -> int:
+    """The number of a process that does the task."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -150,7 +150,12 @@ def fork(task: Callable[[], None]) -> int:
         except BaseException:
             traceback.print_exc()
         os._exit(status)
-    return os.waitpid(child, 0)[1]
+    return child
+
+
+def fork(task: Callable[[], None]) -> int:
+    """The status of a process that does the task."""
+    return os.waitpid(start(task), 0)[1]
 
 
 def killed(mode: str, folder: Path, point: str) -> None:

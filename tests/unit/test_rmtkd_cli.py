@@ -39,6 +39,17 @@ def tokenizer(**special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special)
 
 
+def labelled_texts() -> list[dict[str, Any]]:
+    """A line for each example: 24 of them, the last word of which is the label."""
+    return [
+        {"text": f"{a} {noun} was {very} {word}", "label": int(word == "good")}
+        for a in ("a", "the")
+        for noun in ("film", "plot")
+        for very in ("", "very", "very very")
+        for word in ("good", "bad")
+    ]
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A classifier, the encoder without a head, a language model, and texts with and without labels."""
@@ -56,13 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tokenizer(**({"eos_token": "[EOS]"} if name == "language" else {"pad_token": "[PAD]"})).save_pretrained(
             root / name
         )
-    lines = [
-        {"text": f"{a} {noun} was {very} {word}", "label": int(word == "good")}
-        for a in ("a", "the")
-        for noun in ("film", "plot")
-        for very in ("", "very", "very very")
-        for word in ("good", "bad")
-    ]
+    lines = labelled_texts()
     with gzip.open(root / "labelled.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     (root / "plain.jsonl").write_text("\n".join(json.dumps({"text": line["text"]}) for line in lines) + "\n\n")

@@ -6,7 +6,6 @@ in an order that depends on their keys alone, so the shards there are make a ran
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def extract(reader: Reader, tokenizer: Any, items: list[Item], folder: Path, wha
         some = items[start : start + SHARD]
         if not path.exists() or len(keys_of(path)) < len(some):
             tensors, texts = read_items(reader, tokenizer, some)
-            partial = path.with_suffix(f".partial-{os.getpid()}")
+            partial = path.with_suffix(".partial")  # of a run that was killed, it is written over
             save_file(tensors, partial, {"keys": json.dumps([item.key for item in some]), "answers": json.dumps(texts)})
             partial.rename(path)
 

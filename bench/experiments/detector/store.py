@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bench.experiments.detector.items import Item, split_of
+from eigentrack.files import write_whole
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Answer:
 
 def write_items(folder: Path, items: list[Item]) -> None:
     """So that the cache can be read without the data set and the tokenizer."""
-    (folder / "items.json").write_text(json.dumps([asdict(item) for item in items]), encoding="utf-8")
+    write_whole(folder / "items.json", json.dumps([asdict(item) for item in items]).encode())
 
 
 def keys_of(shard: Path) -> list[str]:
