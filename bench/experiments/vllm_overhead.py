@@ -2,10 +2,10 @@
 
     .venv-vllm/bin/python -m bench.experiments.vllm_overhead --json bench/results/vllm-overhead.json
 
-Two engines, one with the plugin and one without, each in a process of its own and idle while the other runs: they take
-turns, round by round, and every second round goes backwards. A ratio is off / on in seconds, so that 1 is no cost; its
-median over rounds, with the interval that holds 90 % of them. Seconds of the processor are given beside those of the
-clock: they tell the cost where other programs run too.
+Two engines, one with the plugin and one without, each in a process of its own, on one thread, and idle while the other
+runs: they take turns, round by round, and every second round goes backwards. A ratio is off / on in seconds, so that 1
+is no cost; its median over rounds, with the interval that holds 90 % of them. Seconds of the processor are given beside
+those of the clock: they tell the cost where other programs run too.
 """
 
 import argparse
@@ -22,17 +22,16 @@ import numpy as np
 
 RUNNING, PROMPT, ANSWER = (1, 8, 32), 32, 64
 WATCH = {"detector": "smollm2-135m"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
 
 
-def serve(watched: bool) -> None:
-    """The child: for each number of requests read, prints seconds by the clock and by the processor, and by the clock
-    till the first token of any."""
-    from vllm import EngineArgs, LLMEngine, SamplingParams
+def made_engine(watched: bool) -> Any:
+    from vllm import EngineArgs, LLMEngine
 
     from eigentrack.loading import demo_model, load_causal_lm
 
     folder = load_causal_lm(demo_model())[0].name_or_path  # dequantised on disk
-    engine = LLMEngine.from_engine_args(
+    return LLMEngine.from_engine_args(
         EngineArgs(
             model=folder,
             dtype="float32",
@@ -44,22 +43,37 @@ def serve(watched: bool) -> None:
             additional_config={"eigentrack": WATCH} if watched else {},
         )
     )
-    choose = random.Random(0)
+
+
+def answers(engine: Any, running: int, choose: random.Random) -> tuple[float, int]:
+    """Has so many requests answered; seconds till the first token of any, and steps of the engine."""
+    from vllm import SamplingParams
+
+    began, first, steps = time.perf_counter(), 0.0, 0
+    for index in range(running):
+        prompt = {"prompt_token_ids": [choose.randrange(1000, 40000) for _ in range(PROMPT)]}
+        sampling = SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True)
+        engine.add_request(f"{began} {index}", prompt, sampling)
+    while engine.has_unfinished_requests():
+        steps += 1
+        if engine.step() and not first:
+            first = time.perf_counter() - began
+    return first, steps
+
+
+def serve(watched: bool) -> None:
+    """The child: for each number of requests read, prints seconds by the clock and by the processor, and by the clock
+    till the first token of any."""
+    engine, choose = made_engine(watched), random.Random(0)
     print("ready", flush=True)
     for line in sys.stdin:
-        began, spent, first = time.perf_counter(), time.process_time(), 0.0
-        for index in range(int(line)):
-            prompt = {"prompt_token_ids": [choose.randrange(1000, 40000) for _ in range(PROMPT)]}
-            sampling = SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True)
-            engine.add_request(f"{began} {index}", prompt, sampling)
-        while engine.has_unfinished_requests():
-            if engine.step() and not first:
-                first = time.perf_counter() - began
+        began, spent = time.perf_counter(), time.process_time()
+        first, _ = answers(engine, int(line), choose)
         print(json.dumps([time.perf_counter() - began, time.process_time() - spent, first]), flush=True)
 
 
 def started(name: str) -> Any:
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = os.environ | IN_PROCESS
     command = [sys.executable, "-m", "bench.experiments.vllm_overhead", "--engine", name]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
