@@ -103,6 +103,15 @@ def test_a_slot_is_emptied_by_the_next_push_that_brings_rows() -> None:
     assert slots.push(["b"], {"b": 1}, {"b": 6}).emptied == []
 
 
+def test_the_lowest_free_slot_is_taken() -> None:
+    slots = Slots(4)
+    for name in "abcde":
+        slots.begin(name, 1)
+    assert slots.push("abcd", dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 1)).slots == [0, 1, 2, 3]
+    slots.end(["b", "a", "d"])
+    assert slots.push("ce", {"c": 1, "e": 1}, {"c": 2, "e": 1}).slots == [2, 0]
+
+
 def test_where_none_is_free_the_one_that_waits_longest_is_not_watched_any_more() -> None:
     slots = Slots(2)
     for name in "abc":

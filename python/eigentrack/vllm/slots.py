@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count - 1, -1, -1))
+        self._free = list(range(count))  # a heap: slots in use lie close together, mostly in the order of the batch
         self._given_back: list[int] = []  # since the last push
         self._tracked: dict[str, Tracked] = {}
         self._holders: dict[str, None] = {}  # least recently scheduled first
@@ -95,7 +96,7 @@ class Slots:
             if not self._free:
                 waiting = next(holder for holder in self._holders if holder not in scheduled)
                 self._lose(push, waiting, self._tracked[waiting])
-            tracked.slot = self._free.pop()
+            tracked.slot = heappop(self._free)
         self._holders.pop(request, None)
         self._holders[request] = None
         push.requests.append(request)
@@ -111,6 +112,6 @@ class Slots:
 
     def _give_back(self, request: str, tracked: Tracked) -> None:
         del self._holders[request]
-        self._free.append(tracked.slot)
+        heappush(self._free, tracked.slot)
         self._given_back.append(tracked.slot)
         tracked.slot = -1
