@@ -13,7 +13,7 @@ from collections import defaultdict
 from functools import wraps
 from typing import Any
 
-from bench.experiments.vllm_overhead import IN_PROCESS, RUNNING, answers, made_engine
+from bench.experiments.vllm_overhead import IN_PROCESS, RUNNING, add, made_engine
 
 ROUNDS = 4
 
@@ -52,16 +52,26 @@ def timed(function: Any, part: str, spent: dict[str, float]) -> Any:
     return called
 
 
+def answer(engine: Any, running: int, choose: random.Random) -> int:
+    """Steps that it took."""
+    add(engine, running, choose)
+    steps = 0
+    while engine.has_unfinished_requests():
+        engine.step()
+        steps += 1
+    return steps
+
+
 def main() -> None:
     os.environ |= IN_PROCESS
     spent: dict[str, float] = defaultdict(float)
     engine, choose = made_engine(True), random.Random(0)
     counted(spent)
     for running in RUNNING:
-        answers(engine, running, choose)  # warms up
+        answer(engine, running, choose)  # warms up
         spent.clear()
         began = time.thread_time()
-        steps = sum(answers(engine, running, choose)[1] for _ in range(ROUNDS))
+        steps = sum(answer(engine, running, choose) for _ in range(ROUNDS))
         spent["a step of the engine"] = time.thread_time() - began
         print(f"{running} running")
         for part, seconds in spent.items():
