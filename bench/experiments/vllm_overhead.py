@@ -2,10 +2,11 @@
 
     .venv-vllm/bin/python -m bench.experiments.vllm_overhead --json bench/results/vllm-overhead.json
 
-Two engines, one with the plugin and one without, each in a process of its own and idle while the other runs: they take
-turns, round by round, and every second round goes backwards. A ratio is off / on in seconds, so that 1 is no cost; its
-median over rounds, with the interval that holds 90 % of them. Seconds of the processor are given beside those of the
-clock: they tell the cost where other programs run too.
+Two engines, one with the plugin and one without, each in a process of its own, on one thread, and idle while the other
+runs: they take turns, a few steps at a time, and every second turn goes backwards. A round is all answers of all
+requests. A ratio is off / on in seconds, so that 1 is no cost; its median over rounds, with the interval that holds
+90 % of them. Seconds of the processor are given beside those of the clock: they tell the cost where other programs run
+too.
 """
 
 import argparse
@@ -21,18 +22,18 @@ from typing import Any
 import numpy as np
 
 RUNNING, PROMPT, ANSWER = (1, 8, 32), 32, 64
+STEPS = 4  # of a turn
 WATCH = {"detector": "smollm2-135m"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
 
 
-def serve(watched: bool) -> None:
-    """The child: for each number of requests read, prints seconds by the clock and by the processor, and by the clock
-    till the first token of any."""
-    from vllm import EngineArgs, LLMEngine, SamplingParams
+def made_engine(watched: bool) -> Any:
+    from vllm import EngineArgs, LLMEngine
 
     from eigentrack.loading import demo_model, load_causal_lm
 
     folder = load_causal_lm(demo_model())[0].name_or_path  # dequantised on disk
-    engine = LLMEngine.from_engine_args(
+    return LLMEngine.from_engine_args(
         EngineArgs(
             model=folder,
             dtype="float32",
@@ -44,30 +45,61 @@ def serve(watched: bool) -> None:
             additional_config={"eigentrack": WATCH} if watched else {},
         )
     )
-    choose = random.Random(0)
+
+
+def add(engine: Any, running: int, choose: random.Random) -> None:
+    from vllm import SamplingParams
+
+    for _ in range(running):
+        prompt = {"prompt_token_ids": [choose.randrange(1000, 40000) for _ in range(PROMPT)]}
+        sampling = SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True)
+        engine.add_request(str(time.perf_counter()), prompt, sampling)
+
+
+def serve(watched: bool) -> None:
+    """The child: at a line "add 8" it takes so many requests, at "step 4" so many steps at most. It prints seconds by
+    the clock and by the processor, and whether there is more to do."""
+    engine, choose = made_engine(watched), random.Random(0)
     print("ready", flush=True)
     for line in sys.stdin:
-        began, spent, first = time.perf_counter(), time.process_time(), 0.0
-        for index in range(int(line)):
-            prompt = {"prompt_token_ids": [choose.randrange(1000, 40000) for _ in range(PROMPT)]}
-            sampling = SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True)
-            engine.add_request(f"{began} {index}", prompt, sampling)
-        while engine.has_unfinished_requests():
-            if engine.step() and not first:
-                first = time.perf_counter() - began
-        print(json.dumps([time.perf_counter() - began, time.process_time() - spent, first]), flush=True)
+        what, count = line.split()
+        began, spent = time.perf_counter(), time.process_time()
+        if what == "add":
+            add(engine, int(count), choose)
+        for _ in range(int(count) if what == "step" else 0):
+            if engine.has_unfinished_requests():
+                engine.step()
+        times = time.perf_counter() - began, time.process_time() - spent
+        print(json.dumps([*times, engine.has_unfinished_requests()]), flush=True)
 
 
 def started(name: str) -> Any:
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = os.environ | IN_PROCESS
     command = [sys.executable, "-m", "bench.experiments.vllm_overhead", "--engine", name]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def ask(engine: Any, running: int) -> list[float]:
-    engine.stdin.write(f"{running}\n")
+def ask(engine: Any, what: str, count: int) -> Any:
+    engine.stdin.write(f"{what} {count}\n")
     engine.stdin.flush()
-    return json.loads(engine.stdout.readline())  # type: ignore[no-any-return]
+    return np.array(json.loads(engine.stdout.readline()))
+
+
+def one_round(engines: dict[str, Any], running: int) -> dict[str, list[float]]:
+    """Of each engine: seconds till all tokens by the clock and by the processor, and till the end of the first step,
+    which brings every request its first token."""
+    total = {name: ask(engine, "add", running) for name, engine in engines.items()}
+    first: dict[str, float] = {}
+    order, more = list(engines), True
+    while more:
+        order.reverse()
+        more = False
+        for name in order:
+            found = ask(engines[name], "step", STEPS if first.keys() == engines.keys() else 1)
+            total[name] = total[name] + found
+            first.setdefault(name, total[name][0])
+            more |= bool(found[2])
+    return {name: [*total[name][:2], first[name]] for name in engines}
 
 
 def summary(off: Any, on: Any) -> dict[str, float]:
@@ -83,11 +115,8 @@ def measure(rounds: int) -> dict[str, Any]:
                 pass
         found = {}
         for running in RUNNING:
-            times: dict[str, list[list[float]]] = {"off": [], "on": []}
-            for index in range(rounds + 1):
-                for name in ("off", "on") if index % 2 == 0 else ("on", "off"):
-                    times[name].append(ask(engines[name], running))
-            off, on = (np.array(times[name][1:]).T for name in ("off", "on"))  # the first round warms up
+            found_by_round = [one_round(engines, running) for _ in range(rounds + 1)][1:]  # the first warms up
+            off, on = (np.array([each[name] for each in found_by_round]).T for name in ("off", "on"))
             names = ("all tokens", "all tokens, processor", "first token")
             found[str(running)] = {name: summary(off[i], on[i]) for i, name in enumerate(names)}
             print(running, json.dumps(found[str(running)], indent=2), flush=True)

@@ -1,9 +1,10 @@
 // All eigenvalues of up to eight small symmetric matrices at once, in float64.
 //
 // Float64, because activations have eigenvalues six and more orders of magnitude apart, and an error of one float32
-// rounding of the largest would drown the small ones. A matrix is first reduced to tridiagonal form by Householder
-// reflections, vectorised within the matrix; then several tridiagonal matrices of one size, one to a SIMD lane, go
-// through the root-free QL iteration side by side. Lanes never mix: a matrix gives the same bits alone.
+// rounding of the largest would drown the small ones. Matrices are first reduced to tridiagonal form by Householder
+// reflections: small ones four at a time, one to a SIMD lane, larger ones one by one, vectorised within the matrix.
+// Then several tridiagonal matrices of one size, one to a lane, go through the root-free QL iteration side by side.
+// Lanes never mix: a matrix gives the same bits alone.
 #pragma once
 
 #include <cmath>
@@ -108,6 +109,80 @@ void tridiagonalise(Workspace& s, int n, double* diagonal, double* squares, int 
     rank_two_update(s, first, ld);
   }
   if (n > 0) diagonal[0] = s.a[(n - 1) * ld + n - 1], squares[(n - 1) * step] = 0;
+}
+
+// Up to this size matrices are reduced four at a time: the chains of sums, roots and quotients of a reflection are then
+// shared, and one triangle is enough. Four larger ones would not stay near the processor.
+constexpr int kSide = 32;
+
+// Four matrices of one size n being worked on, one to a lane: entry (i, j), i <= j, at a[i * n + j].
+struct SideBySide {
+  f64x4 a[kSide * kSide];
+  f64x4 v[kSide], w[kSide], x[kSide], y[kSide];
+};
+
+// Puts the matrix of a workspace, or zeros, into a lane.
+void put(SideBySide& s, int lane, const double* matrix, int n) {
+  double* const to = reinterpret_cast<double*>(s.a) + lane;
+  const int ld = round_up4(n);
+  for (int i = 0; i < n; ++i)
+    for (int j = i; j < n; ++j) to[(i * n + j) * 4] = matrix ? matrix[i * ld + j] : 0.0;
+}
+
+// y = A x and A -= v w' + w v', first, for rows and columns from `first` on; two rows at a time.
+RMT_INLINE void update_and_multiply(SideBySide& s, int first, int n) {
+  for (int j = first; j < n; ++j) s.y[j] = splat(0);
+  int i = first;
+  for (; i + 2 <= n; i += 2) {
+    f64x4 *const upper = s.a + i * n, *const lower = upper + n;
+    const f64x4 v0 = -s.v[i], v1 = -s.v[i + 1], w0 = -s.w[i], w1 = -s.w[i + 1], x0 = s.x[i], x1 = s.x[i + 1];
+    const f64x4 a00 = fma(v0, s.w[i], fma(w0, s.v[i], upper[i]));
+    const f64x4 a01 = fma(v0, s.w[i + 1], fma(w0, s.v[i + 1], upper[i + 1]));
+    const f64x4 a11 = fma(v1, s.w[i + 1], fma(w1, s.v[i + 1], lower[i + 1]));
+    upper[i] = a00, upper[i + 1] = a01, lower[i + 1] = a11;
+    f64x4 y0 = fma(a01, x1, fma(a00, x0, s.y[i])), y1 = fma(a11, x1, fma(a01, x0, s.y[i + 1]));
+    for (int j = i + 2; j < n; ++j) {
+      const f64x4 vj = s.v[j], wj = s.w[j], xj = s.x[j];
+      const f64x4 a0 = fma(v0, wj, fma(w0, vj, upper[j])), a1 = fma(v1, wj, fma(w1, vj, lower[j]));
+      upper[j] = a0, lower[j] = a1;
+      y0 = fma(a0, xj, y0), y1 = fma(a1, xj, y1);
+      s.y[j] = fma(a1, x1, fma(a0, x0, s.y[j]));
+    }
+    s.y[i] = y0, s.y[i + 1] = y1;
+  }
+  if (i < n) {
+    f64x4& a = s.a[i * n + i];
+    a = fma(splat(-2) * s.v[i], s.w[i], a);
+    s.y[i] = fma(a, s.x[i], s.y[i]);
+  }
+}
+
+// `tridiagonalise` for all four. What a reflection changes is subtracted when the next one reads the matrix.
+void tridiagonalise(SideBySide& s, int n, double* diagonal, double* squares, int step) {
+  for (int j = 0; j < n; ++j) s.v[j] = s.w[j] = splat(0);
+  for (int k = 0; k + 1 < n; ++k) {
+    const f64x4* const row = s.a + k * n;
+    const f64x4 vk = -s.v[k], wk = -s.w[k];
+    store4(diagonal + (n - 1 - k) * step, fma(vk, s.w[k], fma(wk, s.v[k], row[k])));
+    for (int j = k + 1; j < n; ++j) s.x[j] = fma(vk, s.w[j], fma(wk, s.v[j], row[j]));
+    const f64x4 head = s.x[k + 1];
+    f64x4 tail = splat(0);  // apart, as above
+    for (int j = k + 2; j < n; ++j) tail = fma(s.x[j], s.x[j], tail);
+    const f64x4 squared = fma(head, head, tail), norm = square_root(squared);
+    const i64x4 negligible = squared < splat(kNegligible), nothing = negligible | (tail == splat(0));
+    store4(squares + (n - 2 - k) * step, negligible ? splat(0) : squared);
+    s.x[k + 1] = head < splat(0) ? head - norm : head + norm;
+    const f64x4 beta = nothing ? splat(0) : splat(1) / (norm * (norm + absolute(head)));
+    update_and_multiply(s, k + 1, n);
+    f64x4 product = splat(0);
+    for (int j = k + 1; j < n; ++j) product = fma(s.x[j], s.y[j], product);
+    const f64x4 shift = splat(-0.5) * beta * (beta * product);
+    for (int j = k + 1; j < n; ++j) s.v[j] = s.x[j], s.w[j] = fma(shift, s.x[j], beta * s.y[j]);
+  }
+  if (n > 0) {
+    store4(diagonal, fma(splat(-2) * s.v[n - 1], s.w[n - 1], s.a[n * n - 1]));
+    store4(squares + (n - 1) * step, splat(0));
+  }
 }
 
 // K vectors of four tridiagonal matrices each: d[i * K + k], e2[i * K + k] hold row i.
@@ -266,6 +341,7 @@ double normalise(Workspace& s, int n) {
 template <int K, class Load, class Save>
 void solve_group(int64_t first, int count, int n, double tolerance, const Load& load, const Save& save) {
   Workspace work;
+  SideBySide four;
   Lanes<K> lanes;
   double scale[4 * K];
   const int ld = round_up4(n), step = 4 * K;
@@ -274,10 +350,16 @@ void solve_group(int64_t first, int count, int n, double tolerance, const Load& 
     for (int i = 0; i < ld * ld; i += 4) store4(work.a + i, splat(0));
     load(work.a, first + lane);
     scale[lane] = normalise(work, n);
-    if (scale[lane] > 0)
+    if (n <= kSide) {
+      put(four, lane % 4, scale[lane] > 0 ? work.a : nullptr, n);
+      if (lane % 4 < 3 && lane + 1 < count) continue;
+      for (int idle = lane % 4 + 1; idle < 4; ++idle) put(four, idle, nullptr, n);
+      tridiagonalise(four, n, d + lane / 4 * 4, e2 + lane / 4 * 4, step);
+    } else if (scale[lane] > 0) {
       tridiagonalise(work, n, d + lane, e2 + lane, step);
-    else
+    } else {
       for (int i = 0; i < n; ++i) d[i * step + lane] = e2[i * step + lane] = 0;
+    }
   }
   for (int lane = count; lane < step; ++lane)  // zeros in an idle lane become NaN, which halves the speed of all
     for (int i = 0; i < n; ++i) d[i * step + lane] = d[i * step], e2[i * step + lane] = e2[i * step];

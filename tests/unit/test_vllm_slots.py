@@ -35,6 +35,7 @@ def test_each_position_of_each_answer_is_pushed_once_and_slots_are_never_shared(
     waiting = [Request(f"r{i}", choose.randint(1, 20), choose.randint(1, 15)) for i in range(200)]
     running: list[Request] = []
     owner: dict[int, str] = {}
+    clean = set(range(slots.count))
     finished: list[str] = []
     done: list[Request] = []
     while waiting or running:
@@ -58,11 +59,14 @@ def test_each_position_of_each_answer_is_pushed_once_and_slots_are_never_shared(
         assert not push.lost
         packed = [(r, position) for r in running for position in range(r.computed, r.computed + scheduled[r.name])]
         assert len(set(push.slots)) == len(push.slots)
+        assert not set(push.emptied) & set(owner)
+        clean |= set(push.emptied)
         for name, row, slot in zip(push.requests, push.rows, push.slots, strict=True):
             request, position = packed[row]
             assert request.name == name
-            assert (owner.get(slot) == name) != (slot in push.fresh)
+            assert owner.get(slot) == name or slot in clean
             owner[slot] = name
+            clean.discard(slot)
             request.pushed.append(position)
         for request in list(running):
             request.computed += scheduled[request.name]
@@ -84,8 +88,28 @@ def test_prompts_take_no_slot() -> None:
     slots.begin("a", 10)
     assert not slots.push(["a"], {"a": 10}, {"a": 0}).rows
     assert slots.in_use == 0
-    assert slots.push(["a"], {"a": 1}, {"a": 10}).fresh == [0]
+    assert slots.push(["a"], {"a": 1}, {"a": 10}).slots == [0]
     assert slots.in_use == 1
+
+
+def test_a_slot_is_emptied_by_the_next_push_that_brings_rows() -> None:
+    slots = Slots(2)
+    slots.begin("a", 1)
+    slots.begin("b", 5)
+    slots.push(["a"], {"a": 1}, {"a": 1})
+    slots.end(["a"])
+    assert slots.push(["b"], {"b": 5}, {"b": 0}).emptied == []
+    assert slots.push(["b"], {"b": 1}, {"b": 5}).emptied == [0]
+    assert slots.push(["b"], {"b": 1}, {"b": 6}).emptied == []
+
+
+def test_the_lowest_free_slot_is_taken() -> None:
+    slots = Slots(4)
+    for name in "abcde":
+        slots.begin(name, 1)
+    assert slots.push("abcd", dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 1)).slots == [0, 1, 2, 3]
+    slots.end(["b", "a", "d"])
+    assert slots.push("ce", {"c": 1, "e": 1}, {"c": 2, "e": 1}).slots == [2, 0]
 
 
 def test_where_none_is_free_the_one_that_waits_longest_is_not_watched_any_more() -> None:
@@ -96,7 +120,7 @@ def test_where_none_is_free_the_one_that_waits_longest_is_not_watched_any_more()
     slots.push(["a"], {"a": 1}, {"a": 2})
     push = slots.push(["a", "c"], {"a": 1, "c": 1}, {"a": 3, "c": 1})
     assert push.lost == ["b"]
-    assert push.requests == ["a", "c"] and push.slots[1] in push.fresh
+    assert push.requests == ["a", "c"] and push.emptied == [push.slots[1]]
     assert not slots.push(["b"], {"b": 3}, {"b": 0}).requests
 
 

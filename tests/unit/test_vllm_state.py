@@ -101,6 +101,28 @@ def test_each_request_is_as_if_it_were_alone(spectra: str, summed: bool, nan_mem
     assert told["r2"][4].isnan().all() and not told["r2"][5].isnan().any()
 
 
+def test_what_changes_between_steps_is_planned_anew() -> None:
+    made = settings("per_layer")
+    state = State(Watch(made, None, None, True, 2, WIDTH, torch.float32), torch.device("cpu"))
+    steps = [
+        (Push(["a"], rows=[0], slots=[0]), [1, 0]),
+        (Push(["a"], rows=[0], slots=[0]), [2, 0]),
+        (Push(["b"], rows=[0], slots=[0], emptied=[0]), [1, 0]),  # it took the slot of a, which has just ended
+        (Push(["b"], rows=[0], slots=[0]), [2, 0]),
+        (Push(["b"], rows=[1], slots=[0]), [3, 0]),
+        (Push(["c"], rows=[1], slots=[1]), [3, 1]),
+    ]
+    hidden = torch.randn(2, WIDTH)
+    for push, rows in steps:
+        state.begin(push)
+        for layer in range(LAYERS):
+            state.collect(layer, (hidden,))
+        state.finish()
+        assert state.windows.rows.tolist() == rows
+        newest = state.windows.ring[0, push.slots[0], rows[push.slots[0]] - 1]
+        assert newest.equal(hidden[push.rows[0]])
+
+
 def test_it_says_what_it_takes() -> None:
     made = settings("per_layer")
     small, large = (
@@ -136,7 +158,7 @@ def test_a_step_allocates_nothing_but_what_the_detector_returns(spectra: str) ->
 
         def step(state: State = state, rows: Tensor = rows) -> None:
             for chosen in ([0, 1], [0, 2]):
-                state.begin(Push(["a", "b"], rows=chosen, slots=[3, 1], fresh=[3]))
+                state.begin(Push(["a", "b"], rows=chosen, slots=[3, 1], emptied=[3]))
                 for layer in range(LAYERS):
                     state.collect(layer, (rows, rows))
                 state.finish()
@@ -170,6 +192,7 @@ def test_hooks_listen_to_the_pass_that_was_announced_and_to_no_other() -> None:
     state = State(Watch(made, None, None, True, 2, WIDTH, torch.float32), torch.device("cpu"))
     model = Model()
     taps = Taps(model, LAYERS, range(LAYERS), state, WIDTH)
+    state.begin(Push())
     with pytest.raises(TapError, match="has 3 blocks where its config has 4"):
         Taps(model, 4, range(LAYERS), state, WIDTH)
     seen: list[int] = []

@@ -54,7 +54,8 @@ def install() -> None:
 
 
 def _take(processor: Any, carried: dict[str, Any]) -> None:
-    metrics.slots(carried["slots"], carried["slots_in_use"])
+    if "slots" in carried:  # where they have changed
+        metrics.slots(carried["slots"], carried["slots_in_use"])
     for request, told in carried["told"].items():
         state = processor.request_states.get(request)  # None if it was aborted meanwhile
         if state is not None:

@@ -48,11 +48,13 @@ class _Watching:
         told: dict[int, dict[str, Any]] = {}
         for name, client in clients.items():
             told.setdefault(client, {})[name] = report.told[name]
+        slots = {}
         if report.slots_in_use != self._slots_told:
+            slots = {"slots": report.slots, "slots_in_use": report.slots_in_use}
             told.setdefault(0, {})
         self._slots_told = report.slots_in_use
         for client, requests in told.items():
-            carried = {"slots": report.slots, "slots_in_use": report.slots_in_use, "told": requests}
+            carried = {"told": requests, **slots}
             carrier = EngineCoreOutput(KEY, [], ec_transfer_params=carried)
             outputs.setdefault(client, EngineCoreOutputs()).outputs.insert(0, carrier)
 

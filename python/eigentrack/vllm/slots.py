@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 
 @dataclass(eq=False)
@@ -22,14 +23,14 @@ class Push:
         requests: ids, in the order of the batch.
         rows: index of each row among the packed rows of the pass.
         slots: of each request.
-        fresh: slots that change hands and must be emptied first.
+        emptied: slots that have been given back since the last push; they must be empty before this one.
         lost: requests that are not watched from here on.
     """
 
     requests: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
-    fresh: list[int] = field(default_factory=list)
+    emptied: list[int] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
 
@@ -47,7 +48,8 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count - 1, -1, -1))
+        self._free = list(range(count))  # a heap: slots in use lie close together, mostly in the order of the batch
+        self._given_back: list[int] = []  # since the last push
         self._tracked: dict[str, Tracked] = {}
         self._holders: dict[str, None] = {}  # least recently scheduled first
 
@@ -65,8 +67,7 @@ class Slots:
         for request in requests:
             gone = self._tracked.pop(request, None)
             if gone is not None and gone.slot >= 0:
-                del self._holders[request]
-                self._free.append(gone.slot)
+                self._give_back(request, gone)
 
     def push(self, order: Iterable[str], scheduled: Mapping[str, int], computed: Mapping[str, int]) -> Push:
         """What a pass brings.
@@ -86,6 +87,8 @@ class Slots:
                 else:
                     self._lose(push, request, tracked)  # several new rows at once: some were never seen
             row += count
+        if push.rows:
+            push.emptied, self._given_back = self._given_back, []
         return push
 
     def _add(self, push: Push, request: str, tracked: Tracked, row: int, scheduled: Mapping[str, int]) -> None:
@@ -93,8 +96,7 @@ class Slots:
             if not self._free:
                 waiting = next(holder for holder in self._holders if holder not in scheduled)
                 self._lose(push, waiting, self._tracked[waiting])
-            tracked.slot = self._free.pop()
-            push.fresh.append(tracked.slot)
+            tracked.slot = heappop(self._free)
         self._holders.pop(request, None)
         self._holders[request] = None
         push.requests.append(request)
@@ -104,7 +106,12 @@ class Slots:
 
     def _lose(self, push: Push, request: str, tracked: Tracked) -> None:
         push.lost.append(request)
+        tracked.lost = True
         if tracked.slot >= 0:
-            del self._holders[request]
-            self._free.append(tracked.slot)
-        tracked.slot, tracked.lost = -1, True
+            self._give_back(request, tracked)
+
+    def _give_back(self, request: str, tracked: Tracked) -> None:
+        del self._holders[request]
+        heappush(self._free, tracked.slot)
+        self._given_back.append(tracked.slot)
+        tracked.slot = -1

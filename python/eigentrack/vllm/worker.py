@@ -6,7 +6,7 @@ from typing import Any
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from eigentrack.errors import ServingError
 from eigentrack.vllm.config import asked, resolve
@@ -112,14 +112,15 @@ class Watcher:
     def attach(self, output: ModelRunnerOutput, report: Report, push: Push, turn: Turn | None) -> ModelRunnerOutput:
         report.told = {request: {"lost": True} for request in push.lost}
         if turn is not None:
-            values = turn.wait()[push.slots].tolist()
+            values = turn.wait().numpy()[push.slots].tolist()
             for request, (risk, *descriptors) in zip(push.requests, values, strict=True):
                 told = report.told.setdefault(request, {})
                 if self._risky:
                     told["risk"] = [risk if risk == risk else None]
                 if self._describing:
                     told["descriptors"] = [descriptors if descriptors[0] == descriptors[0] else None]
-        output = copy(output)  # vLLM shares one empty output
+        if output is EMPTY_MODEL_RUNNER_OUTPUT:
+            output = copy(output)
         setattr(output, KEY, report)
         return output
 
