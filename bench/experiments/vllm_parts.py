@@ -2,8 +2,8 @@
 
     .venv-vllm/bin/python -m bench.experiments.vllm_parts
 
-Means over all steps, prompts too. Reading the counter is in them, about a microsecond each time, and hooks being called
-is not: `bench.experiments.vllm_overhead` measures the whole.
+On one thread; means over all steps, prompts too. Reading the counter is in them, about a microsecond each time, and
+hooks being called is not: `bench.experiments.vllm_overhead` measures the whole.
 """
 
 import os
