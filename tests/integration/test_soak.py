@@ -36,7 +36,7 @@ def test_a_session_keeps_its_last_request_only(soaked: dict[str, dict[str, int]]
 
 
 def test_a_request_grows_by_what_is_documented(soaked: dict[str, dict[str, int]]) -> None:
-    """The history doubles, and is copied when it does: half to two times what it holds."""
+    """Its buffers double: they are one to two times what they hold."""
     found = soaked["session"]
     assert found["documented"] <= found["history"] + ALLOWED_GROWTH
     assert found["history"] <= 2 * found["documented"] + ALLOWED_GROWTH
