@@ -67,6 +67,8 @@ def test_nothing_is_asked_unless_somebody_asks(monkeypatch: pytest.MonkeyPatch, 
     [
         ("{broken", "not JSON"),
         ("no/such/file.json", "path of a JSON file"),
+        ("/proc/self/exe", "path of a JSON file"),
+        ('{"window": ' + "[" * 100_000, "not JSON"),
         ('{"detektor": "x"}', "does not know 'detektor'; it knows detector"),
         ('{"window": 16}', "asks for nothing"),
         ('{"detector": 7}', "detector in EIGENTRACK_CONFIG must be of type str"),
@@ -86,6 +88,7 @@ def test_the_settings_are_the_detectors() -> None:
     assert watch.settings.names == watch.detector.settings.names
     assert watch.settings.layers == tuple(range(2, 30, 3))
     assert watch.stop_above == watch.detector.threshold
+    assert resolve({"detector": "smollm2-135m", "stop_above": 1}, engine()).stop_above == 1
     assert (watch.slots, watch.width, watch.dtype, watch.descriptors) == (3, 576, torch.float32, False)
 
 

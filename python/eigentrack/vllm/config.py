@@ -64,11 +64,11 @@ def _parsed(text: str) -> Any:
     if not text.lstrip().startswith("{"):
         try:
             text = Path(text).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ServingError(f"{VARIABLE} must be JSON or the path of a JSON file: {error}") from error
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ServingError(f"{VARIABLE} is not JSON: {error}") from error
 
 
@@ -138,6 +138,6 @@ def _limit(given: Any, detector: Detector | None) -> float | None:
     if detector is None:
         raise ServingError("stop_above needs a detector")
     limit = detector.threshold if given == "threshold" else given
-    if type(limit) is not float or not 0 <= limit <= 1:
+    if type(limit) not in (int, float) or not 0 <= limit <= 1:
         raise ServingError(f'stop_above must be a number from 0 to 1, as 0.8, or "threshold", got {given!r:.40}')
     return limit
