@@ -21,7 +21,7 @@ COPIED = ("bench", "build_tools", "csrc", "python", "rmtkernels", "tests", "tool
 FILES = ("setup.py", "pyproject.toml", "README.md")
 # ThreadSanitizer sees no fork and no join: they are libgomp's, which is not compiled with it.
 FORK_JOIN = "tools/fork_join.cpp"
-LOG = "log_path={log}"  # pytest would keep what goes to standard error
+LOG = "log_path={log}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ SANITIZERS = {
         "address,undefined",
         "libasan.so",
         # No leaks are looked for: an interpreter ends without freeing much.
-        {"ASAN_OPTIONS": f"{LOG}:detect_leaks=0", "UBSAN_OPTIONS": f"{LOG}:print_stacktrace=1"},
+        {"ASAN_OPTIONS": f"{LOG}:detect_leaks=0"},
     ),
     "thread": Sanitizer(
         "thread",
@@ -103,10 +103,12 @@ def run(folder: Path, sanitizer: Sanitizer, arguments: Sequence[str]) -> tuple[i
         "OMP_NUM_THREADS": str(sanitizer.threads),
         "PYTHONPATH": f"{folder}:{folder / 'python'}",
     }
-    command = [sys.executable, "-m", "pytest", "-q", *arguments]
-    status = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    # UBSan writes to standard error whatever it is told: pytest must leave it alone.
+    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, stderr=subprocess.PIPE, check=False)
     said = [path.read_text(errors="replace") for path in sorted(logs.iterdir())]
-    return status, "\n".join(said)
+    said += [line for line in done.stderr.decode(errors="replace").splitlines() if "runtime error:" in line]
+    return done.returncode, "\n".join(said)
 
 
 def native_tests(root: Path = ROOT) -> list[str]:

@@ -136,6 +136,14 @@ def test_json_is_all_there_is_on_standard_output(
     assert [run["prompt"] for run in shown] == ["x", "y"] and len(shown[1]["tokens"]) == 3
 
 
+def test_json_has_null_for_what_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_report", lambda arguments: {"risk": [0.5, math.nan, -math.inf], "more": {"x": math.inf}})
+    assert cli.main(["report", "recording", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"risk": [0.5, None, None], "more": {"x": None}}
+
+
 def test_quiet_shows_results_only(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*tiny, "--quiet"]) == 0
     out, error = capsys.readouterr()

@@ -19,7 +19,7 @@ GRAIN, BODY = "const int64_t grain = 1 +", "{ kernels().row_products(args, begin
 PLANTED = {
     "memory": [
         ("parallel_for(0, args.out_dim,", "parallel_for(0, args.out_dim + 1,", "heap-buffer-overflow"),
-        (GRAIN, "const int64_t grain = (INT32_MAX + int32_t(args.rows) < 0) + 1 +", "signed integer overflow"),
+        (GRAIN, "const int64_t grain = ((INT32_MAX + int32_t(args.rows)) & 1) + 1 +", "signed integer overflow"),
     ],
     "thread": [(BODY, "{ static int64_t calls; ++calls; kernels().row_products(args, begin, end); }", "data race")],
 }

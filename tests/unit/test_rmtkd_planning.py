@@ -115,6 +115,15 @@ def test_json_gives_the_plan_back_without_its_covariances(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", CASES)
+def test_the_plan_of_another_model_is_refused(mode: str) -> None:
+    make, batches, config = CASES[mode]
+    planned = plan(make(), batches(), config, progress=False)
+    other = nn.Sequential(make(), nn.Linear(3, 3))
+    with pytest.raises(PlanError, match=r"parameters, this one has"):
+        compress(other, planned)
+
+
+@pytest.mark.parametrize("mode", CASES)
 def test_what_is_planned_is_what_happens(mode: str) -> None:
     make, batches, config = CASES[mode]
     model = make()
