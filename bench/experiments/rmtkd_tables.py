@@ -142,7 +142,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
         for setting in ("fine-tuned", "scratch")
     },
     "sst2-three-epochs": classification,
-    "sst2-scratch-cpu": classification,
+    **{f"{task}-cpu": classification for task in ("sst2-scratch", "ag_news", "qnli")},
     "staged": staged,
     "parts": parts,
     "resnet": curve,
