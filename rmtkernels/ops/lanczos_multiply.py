@@ -131,10 +131,7 @@ class LinearMap:
         least, most = (limits.tiny, limits.max / 2) if self.dtype == torch.float32 else (1e-130, 1e150)
         if not scale < most:
             raise MatrixError("the eigenvalues overflow the matrix's dtype; scale it down")
-        if (
-            scale < least
-            and (self.matrix if self.mean is None else self.matrix - self.mean[0] - self.mean[1]).any()
-        ):
+        if scale < least and (self.matrix if self.mean is None else self.matrix - self.mean[0] - self.mean[1]).any():
             raise MatrixError("the eigenvalues underflow the matrix's dtype; scale it up")
 
 
