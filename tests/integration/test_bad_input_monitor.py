@@ -102,6 +102,9 @@ def test_a_real_ctrl_c_ends_the_command_while_it_generates(tmp_path: Path) -> No
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell's background job ignores it
     )
     assert process.stdout is not None and process.stderr is not None
     for line in process.stdout:
