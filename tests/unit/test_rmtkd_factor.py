@@ -120,7 +120,8 @@ def plan_of(model: nn.Module, config: Config, rank: int = 4) -> Any:
     states = calibrate(model, [(inputs_of(model),)], groups, rows=1000, progress=False)
     covariances = {name: state.covariance(center=False) for name, state in states.items()}
     layers = [SimpleNamespace(name=n, rank=min(rank, len(c)), keep_dense="") for n, c in covariances.items()]
-    return SimpleNamespace(config=config, layers=layers, covariances=covariances)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return SimpleNamespace(config=config, layers=layers, covariances=covariances, model_parameters=(parameters, 0))
 
 
 def names_of(groups: list[Group]) -> list[str]:
