@@ -2,9 +2,9 @@
 
 Runs all tests of a slice with RMTKERNELS_PROVE=1: every architecture, schedule, size, sanitizer and planted bug.
 proofs.json keeps what passed, with a hash of the files that the slice depends on (tools/slices.py). Without --slices
-those run whose hash has changed, but for those of ELSEWHERE and ONLY_NAMED; --check runs nothing, names what has changed, and exits
-with 1 if there is any. Each slice is recorded when it is through: an interrupted run keeps what it has finished, and a
-failing one is not recorded.
+those run whose hash has changed, but for those of ELSEWHERE and ONLY_NAMED; --check runs nothing, names what has
+changed, and exits with 1 if there is any. Each slice is recorded when it is through: an interrupted run keeps what it
+has finished, and a failing one is not recorded.
 """
 
 import argparse
