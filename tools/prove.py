@@ -53,7 +53,7 @@ SYSTEMS = {
         "tests/integration",
     ),
 }
-# They take some twenty minutes more, and run where they are named: make prove SLICES="kills soak monitor sanitized".
+# They take long, and run where they are named: make prove SLICES="kills soak monitor sanitized".
 ONLY_NAMED = ("kills", "soak", "monitor", "sanitized")
 # Ladders that `make test-vllm` runs in an environment of its own: what they depend on, and their tests.
 _WATCHING = ("vllm", "detector.py", "files.py", "network.py", "options.py", "taps.py")
