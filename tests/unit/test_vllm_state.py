@@ -198,11 +198,31 @@ def test_hooks_listen_to_the_pass_that_was_announced_and_to_no_other() -> None:
     seen: list[int] = []
     model(torch.zeros(5, WIDTH))
     assert taps.collected == 0
-    taps.listen(lambda: seen.append(1))
+    taps.listen(lambda: seen.append(taps.collected), lambda: seen.append(taps.collected))
     model(torch.zeros(5, WIDTH))
-    assert taps.collected == LAYERS and seen == [1]
+    assert taps.collected == LAYERS and seen == [0, LAYERS]
     model(torch.zeros(5, WIDTH))
-    assert taps.collected == LAYERS and seen == [1]
+    assert taps.collected == LAYERS and seen == [0, LAYERS]
+
+
+def test_a_pass_without_rows_has_no_end() -> None:
+    made = settings("per_layer")
+    model = Model()
+    taps = Taps(
+        model,
+        LAYERS,
+        range(LAYERS),
+        State(Watch(made, None, None, True, 2, WIDTH, torch.float32), torch.device("cpu")),
+        WIDTH,
+    )
+    seen: list[str] = []
+
+    def nothing_to_watch() -> None:
+        taps.listening = False
+
+    taps.listen(nothing_to_watch, lambda: seen.append("end"))
+    model(torch.zeros(5, WIDTH))
+    assert taps.collected == 0 and not seen
 
 
 @pytest.mark.parametrize("output", [torch.zeros(2, 5, WIDTH), torch.zeros(5, 7), (torch.zeros(5, WIDTH),) * 3, None])

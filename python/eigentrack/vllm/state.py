@@ -135,8 +135,12 @@ class State:
         else:
             staged.copy_(parts[0])
 
+    @torch.inference_mode()
     def finish(self) -> Turn:
-        """One push, one call for the descriptors and one step of the detector for all rows collected."""
+        """One push, one call for the descriptors and one step of the detector for all rows collected.
+
+        It may run in another thread, as long as nothing else is asked of this object meanwhile.
+        """
         windows, plan = self.windows, self._plan
         if self._slots is not None:
             self._offered.index_copy_(1, self._slots, self._staged)

@@ -31,6 +31,8 @@ def parts_of(output: Any, width: int) -> tuple[Tensor, ...]:
 class Taps:
     """Hands the outputs of the watched blocks to the state while `listening`, and notes how many came.
 
+    `listening` is true from the beginning of a pass to its end, unless `before` says otherwise.
+
     Raises:
         TapError: if the model's blocks are not found.
     """
@@ -39,22 +41,29 @@ class Taps:
         self.listening = False
         self.collected = 0
         self._before: Callable[[], None] | None = None
+        self._after: Callable[[], None] | None = None
         blocks = find_blocks(model)
         if len(blocks) != depth:
             raise TapError(f"{type(model).__name__} has {len(blocks)} blocks where its config has {depth} layers")
         model.register_forward_pre_hook(lambda module, args: self._begin())
         for position, layer in enumerate(layers):
             blocks[layer].register_forward_hook(self._collector(position, state, width))
+        model.register_forward_hook(lambda module, args, output: self._end())
 
-    def listen(self, before: Callable[[], None]) -> None:
-        """In the next pass, calls `before` when it begins, and collects."""
-        self._before, self.collected = before, 0
+    def listen(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """In the next pass, calls `before` when it begins, collects, and calls `after` at its end (logits follow)."""
+        self._before, self._after, self.collected = before, after, 0
 
     def _begin(self) -> None:
         self.listening = self._before is not None
         if self._before is not None:
             self._before()
             self._before = None
+
+    def _end(self) -> None:
+        if self.listening and self._after is not None:
+            self.listening = False
+            self._after()
 
     def _collector(self, position: int, state: State, width: int) -> Callable[[nn.Module, Any, Any], None]:
         def collect(module: nn.Module, args: Any, output: Any) -> None:
