@@ -2,8 +2,8 @@
 
 Runs all tests of a slice with RMTKERNELS_PROVE=1: every architecture, schedule, size, sanitizer and planted bug.
 proofs.json keeps what passed, with a hash of the files that the slice depends on (tools/slices.py). Without --slices
-those run whose hash has changed, but for those of ELSEWHERE and ONLY_NAMED; --check runs nothing, names what has
-changed, and exits with 1 if there is any. Each slice is recorded when it is through: an interrupted run keeps what it
+those run whose hash has changed, but for those of ELSEWHERE; --check runs nothing, names what has changed, and exits
+with 1 if there is any. Each slice is recorded when it is through: an interrupted run keeps what it
 has finished, and a failing one is not recorded.
 """
 
@@ -28,18 +28,19 @@ from tools.versions import versions
 
 RECORD = "proofs.json"
 WAITING = "RMTKERNELS_PROVE"
+_EIGENTRACK = ["python/eigentrack/*.py"]  # without the plugin for vLLM
 # Ladders that are not a slice's: what they depend on, and the folder whose waiting tests are theirs.
 SYSTEMS = {
     "rmtkd": (["python/rmtkd"], "tests/integration"),
-    "bad_input": (["python/eigentrack"], "tests/integration"),
+    "bad_input": (_EIGENTRACK, "tests/integration"),
     "examples": (["examples"], "tests/integration"),
     "kills": (
-        ["python/eigentrack", "python/rmtkd", "bench/experiments/detector", "tests/integration/kills.py"],
+        [*_EIGENTRACK, "python/rmtkd", "bench/experiments/detector", "tests/integration/kills.py"],
         "tests/integration",
     ),
     "soak": (
         [
-            "python/eigentrack",
+            *_EIGENTRACK,
             "rmtkernels/states.py",
             "csrc/cpu/sliding_window.cpp",
             "csrc/cpu/spectrum.cpp",
@@ -47,14 +48,12 @@ SYSTEMS = {
         ],
         "tests/integration",
     ),
-    "monitor": (["python/eigentrack"], "tests/integration"),
+    "monitor": (_EIGENTRACK, "tests/integration"),
     "sanitized": (
-        ["csrc/cpu", "csrc/include", "csrc/tensor_check.h", "tools/sanitized_suite.py", "tools/fork_join.cpp"],
+        ["csrc/cpu", "csrc/include", "csrc/tensor_check.h", "tools/sanitized_suite.py", "tools/fork_join.cpp", "tools/sanitized_suite.supp"],
         "tests/integration",
     ),
 }
-# They take long, and run where they are named: make prove SLICES="kills soak monitor sanitized".
-ONLY_NAMED = ("kills", "soak", "monitor", "sanitized")
 # Ladders that `make test-vllm` runs in an environment of its own: what they depend on, and their tests.
 _WATCHING = ("vllm", "detector.py", "files.py", "network.py", "options.py", "taps.py")
 ELSEWHERE = {"vllm": ([*(f"python/eigentrack/{path}" for path in _WATCHING), "requirements/vllm.txt"], "tests/vllm")}
@@ -199,7 +198,7 @@ def run(names: list[str], all_ladders: dict[str, Ladder], root: Path, jobs: int)
 
 def _files(root: Path, paths: list[str]) -> list[Path]:
     """Files, and the sources in folders."""
-    places = [root / path for path in paths]
+    places = [place for path in paths for place in root.glob(path)]
     found = [place for place in places if place.is_file()]
     return [*found, *(file for place in places for file in place.rglob("*") if file.suffix in slices.SUFFIXES)]
 
@@ -218,7 +217,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     unknown = set(options.slices or []) - all_ladders.keys()
     if unknown:
         parser.error(f"no ladder is called {', '.join(sorted(unknown))}; there is: {', '.join(all_ladders)}")
-    due = [name for name in all_ladders if name not in ONLY_NAMED and (options.check or name not in ELSEWHERE)]
+    due = [name for name in all_ladders if options.check or name not in ELSEWHERE]
     names = options.slices or due
     if options.check or not options.slices:
         stale = changed(read_record(root), all_ladders)

@@ -2,8 +2,9 @@
 
     .venv-vllm/bin/python -m bench.experiments.vllm_parts
 
-On one thread; means over all steps, prompts too. Reading the counter is in them, about a microsecond each time, and
-hooks being called is not: `bench.experiments.vllm_overhead` measures the whole.
+The engine computes on one thread, and what is behind the pass in another where a core is free; means over all steps,
+prompts too. Reading the counter is in them, about a microsecond each time, and what else it costs that there is
+something between two blocks is not: `bench.experiments.vllm_overhead` measures the whole.
 """
 
 import os
@@ -25,6 +26,7 @@ def counted(spent: dict[str, float]) -> None:
 
     places: list[tuple[Any, str, str]] = [
         (state.State, "collect", "rows of the watched layers"),
+        (worker.Watcher, "_finish_pass", "asking the thread"),
         (state.State, "finish", "all behind the pass"),
         (state.SlidingWindow, "update", "- push"),
         (state, "spectrum_descriptors_", "- spectra"),
@@ -65,8 +67,8 @@ def answer(engine: Any, running: int, choose: random.Random) -> int:
 def main() -> None:
     os.environ |= IN_PROCESS
     spent: dict[str, float] = defaultdict(float)
-    engine, choose = made_engine(True), random.Random(0)
     counted(spent)
+    engine, choose = made_engine(), random.Random(0)
     for running in RUNNING:
         answer(engine, running, choose)  # warms up
         spent.clear()

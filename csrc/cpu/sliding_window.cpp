@@ -72,6 +72,7 @@ void copy_strided(char* to, const void* from, int64_t stride, int64_t dim) {
 }
 
 void store_row(char* to, const void* from, DType type, int64_t stride, int64_t dim) {
+  if (dim == 0) return;  // memmove takes no null pointer, not even for nothing
   if (stride == 1) return void(std::memmove(to, from, size_t(dim * size_of(type))));
   if (type == DType::kFloat32) return copy_strided<uint32_t>(to, from, stride, dim);
   copy_strided<uint16_t>(to, from, stride, dim);

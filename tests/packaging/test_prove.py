@@ -27,7 +27,9 @@ CHANGES = [
     ("tests/emulate/machine_code/spectrum.json", {"spectrum"}, SLICES - {"spectrum"} | {"rmtkd"}),
     ("tests/compile/test_compile.py", SLICES, {"rmtkd"}),
     ("python/rmtkd/rank.py", {"rmtkd"}, SLICES | {"vllm"}),
-    ("python/eigentrack/vllm/slots.py", {"vllm"}, SLICES | {"rmtkd"}),
+    ("python/eigentrack/vllm/slots.py", {"vllm"}, SLICES | {"rmtkd", "bad_input", "kills", "soak", "monitor"}),
+    ("python/eigentrack/windows.py", {"bad_input", "kills", "soak", "monitor"}, SLICES | {"rmtkd", "vllm"}),
+    ("tools/sanitized_suite.supp", {"sanitized"}, SLICES | {"rmtkd", "vllm"}),
     ("tests/vllm/drive.py", {"vllm"}, SLICES | {"rmtkd"}),
     ("requirements/vllm.txt", {"vllm"}, SLICES | {"rmtkd"}),
 ]

@@ -4,51 +4,61 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from eigentrack.vllm import beside
+from eigentrack.vllm.beside import Beside
 
 needs_cores = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are bound on Linux only")
 
 
-@pytest.fixture
-def two_cores(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """As if there were a core besides the engine's, whatever this machine has."""
-    cores = os.sched_getaffinity(0) | {max(os.sched_getaffinity(0)) + 1}
-    monkeypatch.setattr(beside, "_cores", lambda: cores)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    return cores
-
-
 @needs_cores
-def test_the_thread_computes_alone_and_the_engine_as_before(two_cores: set[int]) -> None:
-    threads, mine = torch._C.get_num_threads(), os.sched_getaffinity(0)
-    torch._C.set_num_threads(3)
+def test_the_thread_computes_alone_and_the_engine_as_before() -> None:
+    threads, mine = torch.get_num_threads(), os.sched_getaffinity(0)
+    torch.set_num_threads(3)
     try:
-        with beside.made_thread() or pytest.fail("no thread") as thread:
-            found = thread.submit(
-                lambda: (torch._C.get_num_threads(), os.sched_getaffinity(0), threading.get_ident())
-            ).result()
-        assert found[0] == 1
-        assert found[1] == two_cores & mine  # Linux leaves out cores that are not there
-        assert found[2] != threading.get_ident()
-        assert torch._C.get_num_threads() == 3 and os.sched_getaffinity(0) == mine
+        found = Beside({max(mine)}).ask(
+            lambda: (torch.get_num_threads(), os.sched_getaffinity(0), threading.current_thread().name)
+        )
+        assert found.result() == (1, {max(mine)}, "eigentrack")
+        assert torch.get_num_threads() == 3 and os.sched_getaffinity(0) == mine
     finally:
-        torch._C.set_num_threads(threads)
+        torch.set_num_threads(threads)
 
 
 @needs_cores
-def test_no_thread_where_the_engine_takes_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: len(os.sched_getaffinity(0)))
-    assert beside.made_thread() is None
+def test_jobs_are_done_in_turn_and_each_tells_its_own_result_or_error() -> None:
+    done: list[int] = []
+
+    def work(index: int) -> int:
+        done.append(index)
+        return 1 // index
+
+    thread = Beside(os.sched_getaffinity(0))
+    jobs = [thread.ask(partial(work, index)) for index in (1, 0, 2)]
+    jobs[2].wait()
+    assert done == [1, 0, 2]
+    assert jobs[2].result() == 0 and jobs[0].result() == 1
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            jobs[1].result()
 
 
-def test_no_thread_where_cores_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_cores
+def test_cores_are_spare_where_the_engines_threads_do_not_take_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads, spare in (({0, 1, 5}, 2, {0, 1, 5}), ({0, 1, 5}, 3, set()), ({0}, 1, set())):
+        monkeypatch.setattr(beside, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert beside.spare_cores() == spare
+
+
+def test_no_core_is_spare_where_cores_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert beside.made_thread() is None
+    assert beside.spare_cores() == set()
 
 
 STARTS_A_WORKER = """

@@ -87,7 +87,7 @@ def test_each_request_is_as_if_it_were_alone(spectra: str, summed: bool, nan_mem
             residual = torch.randn(padded[layer].shape, generator=generator)
             residual[padded[layer].isnan()] = 0
             state.collect(layer, (padded[layer],) if summed else (padded[layer] - residual, residual))
-        values = state.finish().wait()
+        values = state.finish().values
         for name, slot in zip(push.requests, push.slots, strict=True):
             told[name].append(values[slot].clone())
         over = [name for name in running if len(told[name]) == len(texts[name])]
@@ -187,42 +187,49 @@ class Model(nn.Module):
         return hidden
 
 
-def test_hooks_listen_to_the_pass_that_was_announced_and_to_no_other() -> None:
-    made = settings("per_layer")
-    state = State(Watch(made, None, None, True, 2, WIDTH, torch.float32), torch.device("cpu"))
-    model = Model()
-    taps = Taps(model, LAYERS, range(LAYERS), state, WIDTH)
+def tapped(model: Model) -> Taps:
+    state = State(Watch(settings("per_layer"), None, None, True, 2, WIDTH, torch.float32), torch.device("cpu"))
     state.begin(Push())
-    with pytest.raises(TapError, match="has 3 blocks where its config has 4"):
-        Taps(model, 4, range(LAYERS), state, WIDTH)
-    seen: list[int] = []
+    return Taps(model, LAYERS, range(LAYERS), state, WIDTH)
+
+
+def test_blocks_are_heard_in_the_pass_that_was_announced_and_in_no_other() -> None:
+    model, seen = Model(), list[int]()
+    taps = tapped(model)
+
+    def before() -> bool:
+        seen.append(taps.collected)
+        return True
+
     model(torch.zeros(5, WIDTH))
-    assert taps.collected == 0
-    taps.listen(lambda: seen.append(taps.collected), lambda: seen.append(taps.collected))
-    model(torch.zeros(5, WIDTH))
-    assert taps.collected == LAYERS and seen == [0, LAYERS]
-    model(torch.zeros(5, WIDTH))
-    assert taps.collected == LAYERS and seen == [0, LAYERS]
+    assert taps.collected == 0 and taps.through
+    taps.listen(before, lambda: seen.append(taps.collected))
+    assert not taps.through
+    for _ in range(2):
+        model(torch.zeros(5, WIDTH))
+        assert taps.collected == LAYERS and seen == [0, LAYERS] and taps.through
 
 
 def test_a_pass_without_rows_has_no_end() -> None:
-    made = settings("per_layer")
-    model = Model()
-    taps = Taps(
-        model,
-        LAYERS,
-        range(LAYERS),
-        State(Watch(made, None, None, True, 2, WIDTH, torch.float32), torch.device("cpu")),
-        WIDTH,
-    )
-    seen: list[str] = []
-
-    def nothing_to_watch() -> None:
-        taps.listening = False
-
-    taps.listen(nothing_to_watch, lambda: seen.append("end"))
+    model, seen = Model(), list[str]()
+    taps = tapped(model)
+    taps.listen(lambda: False, lambda: seen.append("end"))
     model(torch.zeros(5, WIDTH))
-    assert taps.collected == 0 and not seen
+    assert taps.collected == 0 and taps.through and not seen
+
+
+def test_a_pass_that_leaves_out_blocks_is_not_through() -> None:
+    model = Model()
+    taps = tapped(model)
+    taps.listen(lambda: True, lambda: None)
+    model.blocks[0](torch.zeros(5, WIDTH))
+    assert taps.collected == 1 and not taps.through
+
+
+def test_a_model_of_another_depth_is_refused() -> None:
+    state = State(Watch(settings("per_layer"), None, None, True, 2, WIDTH, torch.float32), torch.device("cpu"))
+    with pytest.raises(TapError, match="has 3 blocks where its config has 4"):
+        Taps(Model(), 4, range(LAYERS), state, WIDTH)
 
 
 @pytest.mark.parametrize("output", [torch.zeros(2, 5, WIDTH), torch.zeros(5, 7), (torch.zeros(5, WIDTH),) * 3, None])

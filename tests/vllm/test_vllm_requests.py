@@ -1,5 +1,6 @@
 """Many requests at once: each is told what transformers tells of its text, whatever happens around it."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_a_request_ends_when_its_risk_exceeds_the_limit(
         for index in range(24)
     ]
     engine = {"model": str(model_folder), **ENGINE, "additional_config": {"eigentrack": watch}}
+    environment = environment | {"OMP_NUM_THREADS": str(os.cpu_count())}  # no core is left for a thread of its own
     result = driven(tmp_path, {"engine": engine, "requests": asked, "asynchronous": True}, environment)
     stopped = 0
     for completion in result["completions"]:

@@ -45,11 +45,11 @@ class Turn:
     values: Tensor  # (S, V) float32
     ready: "torch.cuda.Event | None"
 
-    def wait(self) -> Tensor:
-        """The values, once they are there."""
+    def read(self, slots: list[int]) -> list[list[float]]:
+        """The values of these slots, once they are there."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.values
+        return self.values.numpy()[slots].tolist()  # type: ignore[no-any-return]
 
 
 class State:

@@ -1,6 +1,7 @@
-"""Hooks on a vLLM model's blocks."""
+"""What a vLLM model's blocks return."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,46 +30,64 @@ def parts_of(output: Any, width: int) -> tuple[Tensor, ...]:
 
 
 class Taps:
-    """Hands the outputs of the watched blocks to the state while `listening`, and notes how many came.
+    """Hands the outputs of the watched blocks to the state, in the passes that are announced.
 
-    `listening` is true from the beginning of a pass to its end, unless `before` says otherwise.
+    Their `forward` is wrapped: with hooks, `nn.Module.__call__` takes a longer way, which costs a block 30 µs where the
+    model's weights have just gone through the caches.
+
+    Args:
+        layers: of the blocks, ascending.
 
     Raises:
         TapError: if the model's blocks are not found.
     """
 
     def __init__(self, model: nn.Module, depth: int, layers: Sequence[int], state: State, width: int) -> None:
-        self.listening = False
-        self.collected = 0
-        self._before: Callable[[], None] | None = None
+        self.collected = 0  # blocks, in the last pass that was announced
+        self._last, self._collect, self._width = len(layers) - 1, state.collect, width
+        self._listening = False
+        self._before: Callable[[], bool] | None = None
         self._after: Callable[[], None] | None = None
         blocks = find_blocks(model)
         if len(blocks) != depth:
             raise TapError(f"{type(model).__name__} has {len(blocks)} blocks where its config has {depth} layers")
-        model.register_forward_pre_hook(lambda module, args: self._begin())
         for position, layer in enumerate(layers):
-            blocks[layer].register_forward_hook(self._collector(position, state, width))
-        model.register_forward_hook(lambda module, args, output: self._end())
+            blocks[layer].forward = self._tapped(blocks[layer].forward, position)
 
-    def listen(self, before: Callable[[], None], after: Callable[[], None]) -> None:
-        """In the next pass, calls `before` when it begins, collects, and calls `after` at its end (logits follow)."""
-        self._before, self._after, self.collected = before, after, 0
+    def listen(self, before: Callable[[], bool], after: Callable[[], None]) -> None:
+        """In the next pass: asks `before`, when the first watched block has run, whether there is anything to collect;
+        if so, collects, and calls `after` behind the last one."""
+        self._before, self._after = before, after
+        self._listening, self.collected = False, 0
 
-    def _begin(self) -> None:
-        self.listening = self._before is not None
-        if self._before is not None:
-            self._before()
-            self._before = None
+    @property
+    def through(self) -> bool:
+        """Whether the announced pass has brought all that it was to bring."""
+        return self._before is None and not self._listening
+
+    def _tapped(self, forward: Callable[..., Any], position: int) -> Callable[..., Any]:
+        checked = False
+
+        @wraps(forward)
+        def tapped(*args: Any, **named: Any) -> Any:
+            nonlocal checked
+            output = forward(*args, **named)
+            if position == 0:
+                self._listening = self._before is not None and self._before()
+                self._before = None
+            if self._listening:
+                if not checked:
+                    parts_of(output, self._width)
+                    checked = True
+                self._collect(position, output if isinstance(output, tuple) else (output,))
+                self.collected += 1
+                if position == self._last:
+                    self._end()
+            return output
+
+        return tapped
 
     def _end(self) -> None:
-        if self.listening and self._after is not None:
-            self.listening = False
+        self._listening = False
+        if self._after is not None:
             self._after()
-
-    def _collector(self, position: int, state: State, width: int) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(module: nn.Module, args: Any, output: Any) -> None:
-            if self.listening:
-                state.collect(position, parts_of(output, width))
-                self.collected += 1
-
-        return collect

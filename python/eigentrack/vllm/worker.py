@@ -1,8 +1,8 @@
 """vLLM's worker, with the windows of its requests. Imported by vLLM in the worker process, by name."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from vllm.platforms import current_platform
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from eigentrack.errors import ServingError
-from eigentrack.vllm.beside import made_thread, most_rows
+from eigentrack.vllm.beside import Beside, Job, most_rows, spare_cores
 from eigentrack.vllm.config import asked, resolve
 from eigentrack.vllm.report import KEY, Report
 from eigentrack.vllm.slots import Push, Slots
-from eigentrack.vllm.state import State, Turn
+from eigentrack.vllm.state import State
 from eigentrack.vllm.taps import Taps
 
 if current_platform.is_cpu():  # the CPU's worker replaces parts of torch.cuda when it is imported
@@ -24,6 +24,7 @@ if current_platform.is_cpu():  # the CPU's worker replaces parts of torch.cuda w
 else:
     from vllm.v1.worker.gpu_worker import Worker
 
+Values = list[list[float]]  # of each request of a push: its risk, and the descriptors that were asked for
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -42,6 +43,7 @@ class WatchingWorker(Worker):  # type: ignore[misc]
             return super().execute_model(scheduler_output)
         self.watcher.begin(scheduler_output)
         output = super().execute_model(scheduler_output)
+        self.watcher.check()
         return output if output is None else self.watcher.report_with(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -63,23 +65,24 @@ class Watcher:
         config = vllm_config.model_config.hf_text_config
         self._layers = len(watch.settings.layers)
         self._taps = Taps(runner.get_model(), config.num_hidden_layers, watch.settings.layers, self._state, watch.width)
-        self._thread = made_thread() if runner.device.type == "cpu" else None
+        cores = spare_cores() if runner.device.type == "cpu" else set()
+        self._beside = Beside(cores) if cores else None
         vocabulary = config.vocab_size // vllm_config.parallel_config.tensor_parallel_size
         self._most = most_rows(torch.get_num_threads(), vocabulary, self._layers, watch.settings.window)
-        self._under_way: Future[Turn] | None = None
-        self._push, self._turn = Push(), None  # type: tuple[Push, Callable[[], Turn] | None]
+        self._under_way: Job[Values] | None = None
+        self._push, self._read = Push(), None  # type: tuple[Push, Callable[[], Values] | None]
         logger.info(
             "EigenTrack watches %d layers of up to %d requests; %.1f MiB of %s memory; %s",
             self._layers,
             watch.slots,
             self._state.nbytes / 2**20,
             runner.device.type,
-            "in the engine's thread" if self._thread is None else f"in a thread of its own, up to {self._most} rows",
+            "in the engine's thread" if self._beside is None else f"in a thread of its own, up to {self._most} rows",
         )
 
     def begin(self, scheduler_output: Any) -> None:
         """Before the model runner looks at a step."""
-        self._push, self._turn = Push(), None
+        self._push, self._read = Push(), None
         self._slots.end(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
@@ -87,48 +90,50 @@ class Watcher:
         if scheduler_output.total_num_scheduled_tokens:
             self._taps.listen(lambda: self._begin_pass(scheduler_output), self._finish_pass)
 
-    def _begin_pass(self, scheduler_output: Any) -> None:
-        """When the model is called: the batch is in its final order by then."""
+    def _begin_pass(self, scheduler_output: Any) -> bool:
+        """In the pass: the batch is in its final order by then. Says whether it brings any rows."""
         cached = scheduler_output.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         computed |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         order = self._runner.input_batch.req_ids
         self._push = self._slots.push(order, scheduler_output.num_scheduled_tokens, computed)
-        self._taps.listening = bool(self._push.rows)
         if self._push.rows:
-            if self._under_way is not None:  # with async scheduling; its error is raised where its result is read
-                self._under_way.exception()
+            if self._under_way is not None:  # with async scheduling
+                self._under_way.wait()
             self._state.begin(self._push)
+        return bool(self._push.rows)
 
     def _finish_pass(self) -> None:
-        """Behind the last block. What comes next, logits and sampling, does not wait for it."""
-        if self._taps.collected != self._layers:
+        """Behind the last watched block. What comes next, logits and sampling, does not wait for it."""
+        if self._beside is not None and len(self._push.rows) <= self._most:
+            slots = self._push.slots
+            self._under_way = self._beside.ask(lambda: self._state.finish().read(slots))
+            self._read = self._under_way.result
+        else:
+            self._read = partial(self._state.finish().read, self._push.slots)
+
+    def check(self) -> None:
+        """After the pass."""
+        if not self._taps.through:
             raise ServingError(
                 f"{self._taps.collected} of {self._layers} watched blocks ran in a pass of the model: its class does "
                 "not call its blocks as modules, or runs a compiled graph"
             )
-        if self._thread is not None and len(self._push.rows) <= self._most:
-            self._under_way = self._thread.submit(self._state.finish)
-            self._turn = self._under_way.result
-        else:
-            turn = self._state.finish()
-            self._turn = lambda: turn
 
     def report_with(self, output: Any) -> Any:
         """The output with the step's report, which is written when the output is read."""
-        push, turn = self._push, self._turn
+        push, read = self._push, self._read
         report = Report(self._slots.count, self._slots.in_use)
         if isinstance(output, AsyncModelRunnerOutput):
-            return _Late(output, self, report, push, turn)
-        return self.attach(output, report, push, turn)
+            return _Late(output, self, report, push, read)
+        return self.attach(output, report, push, read)
 
     def attach(
-        self, output: ModelRunnerOutput, report: Report, push: Push, turn: Callable[[], Turn] | None
+        self, output: ModelRunnerOutput, report: Report, push: Push, read: Callable[[], Values] | None
     ) -> ModelRunnerOutput:
         report.told = {request: {"lost": True} for request in push.lost}
-        if turn is not None:
-            values = turn().wait().numpy()[push.slots].tolist()
-            for request, (risk, *descriptors) in zip(push.requests, values, strict=True):
+        if read is not None:
+            for request, (risk, *descriptors) in zip(push.requests, read(), strict=True):
                 told = report.told.setdefault(request, {})
                 if self._risky:
                     told["risk"] = [risk if risk == risk else None]
