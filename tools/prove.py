@@ -50,7 +50,14 @@ SYSTEMS = {
     ),
     "monitor": (_EIGENTRACK, "tests/integration"),
     "sanitized": (
-        ["csrc/cpu", "csrc/include", "csrc/tensor_check.h", "tools/sanitized_suite.py", "tools/fork_join.cpp", "tools/sanitized_suite.supp"],
+        [
+            "csrc/cpu",
+            "csrc/include",
+            "csrc/tensor_check.h",
+            "tools/sanitized_suite.py",
+            "tools/fork_join.cpp",
+            "tools/sanitized_suite.supp",
+        ],
         "tests/integration",
     ),
 }

@@ -47,7 +47,7 @@ class Job(Generic[Result]):
 class Beside:
     """One thread, which computes on one core and may use any of `cores`.
 
-    An executor of the standard library does the same in twice the time of the thread that asks.
+    The engine's thread asks: an executor of the standard library would take more of its time.
     """
 
     def __init__(self, cores: set[int]) -> None:

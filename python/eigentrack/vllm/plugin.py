@@ -4,9 +4,10 @@ vLLM calls `register` in each of its processes (entry points `vllm.general_plugi
 EIGENTRACK_CONFIG is set or `additional_config` has the key "eigentrack".
 
 Public settings that the plugin fills in: `worker_cls` and `scheduler_cls`. Seams that are not public, wrapped in
-memory: `EngineArgs.create_engine_config` (to fill them in), and in `frontend.py` `OutputProcessor.add_request`,
-`OutputProcessor.process_outputs` and `RequestState._new_completion_output`. What is read and not public: the model
-runner's `input_batch.req_ids`, and the fields of `SchedulerOutput` and `EngineCoreOutput`. Hence the check of versions.
+memory: `EngineArgs.create_engine_config` (to fill them in); in `frontend.py` `OutputProcessor.add_request`,
+`OutputProcessor.process_outputs` and `RequestState._new_completion_output`; in `taps.py` the `forward` of the watched
+blocks. What is read and not public: the model runner's `input_batch.req_ids`, and the fields of `SchedulerOutput` and
+`EngineCoreOutput`. Hence the check of versions.
 """
 
 import os
@@ -96,7 +97,8 @@ def _refuse_unsupported(vllm_config: Any) -> None:
     """Raises ServingError for what the plugin does not follow, with what to do."""
     parallel = vllm_config.parallel_config
     refusals = {
-        "a compiled model never calls hooks: start with --enforce-eager": vllm_config.compilation_config.mode != 0,
+        "a compiled model does not call its blocks: start with --enforce-eager": vllm_config.compilation_config.mode
+        != 0,
         "model runner V2 is not followed: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
         "only models that generate are watched": vllm_config.model_config.runner_type != "generate"
         or vllm_config.model_config.is_encoder_decoder,

@@ -32,8 +32,8 @@ def parts_of(output: Any, width: int) -> tuple[Tensor, ...]:
 class Taps:
     """Hands the outputs of the watched blocks to the state, in the passes that are announced.
 
-    Their `forward` is wrapped: with hooks, `nn.Module.__call__` takes a longer way, which costs a block 30 µs where the
-    model's weights have just gone through the caches.
+    Their `forward` is wrapped: with hooks, `nn.Module.__call__` takes a longer way, which is slow where the model's
+    weights have just gone through the caches.
 
     Args:
         layers: of the blocks, ascending.
