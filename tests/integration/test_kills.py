@@ -50,7 +50,8 @@ def test_what_was_killed_and_started_again_leaves_the_same(tmp_path: Path) -> No
 
 @pytest.mark.skipif(not LONG, reason="RMTKERNELS_PROVE=1 runs it")
 def test_a_file_that_is_not_written_aside_and_work_that_counts_its_beginnings_are_seen(tmp_path: Path) -> None:
-    results = killed(tmp_path, "torn:0:1", "counting:2:0")
+    results = killed(tmp_path, "torn:0:1", "counting:8:0")
     assert "JSONDecodeError" in results["torn"]
     whole = results["counting"].pop("nobody")
-    assert len(results["counting"]) == 2 and all(found != whole for found in results["counting"].values())
+    # A moment may come before the work has begun.
+    assert len(results["counting"]) == 8 and any(found != whole for found in results["counting"].values())
