@@ -1,13 +1,14 @@
 """`python -m bench.experiments.rmtkd_parts`: which part of the narrowing costs what, task by task.
 
 Accuracy, without any distillation, of the models of `rmtkd_text` with one part narrowed: the heads alone, to several
-widths (inside a stock BERT theirs follows from the stream's), the inner neurons alone, the stream with the heads, and
-everything, as RMT-KD's plan has it. Nothing is trained but the dense models, unless `rmtkd_text` has left them behind.
+widths (inside a stock BERT theirs follows from the stream's); fewer heads, whole; the inner neurons alone, the stream
+with the heads, and everything, as RMT-KD's plan has it. Nothing is trained but the dense models, unless `rmtkd_text`
+has left them behind.
 """
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from rmtkd import width
 from rmtkd.config import Config
 from rmtkd.heads import narrow_scores, narrow_values
 from rmtkd.planning import plan
+from rmtkernels import StreamingCovariance
 
 DENSE_EPOCHS = {"sst2": 1, "qnli": 3, "ag_news": 3}  # as in docs/rmtkd-results.md
 HEADS = {f"heads of {width}": width for width in (28, 24, 20, 16)}  # 32 are the encoder's
-PARTS = ("nothing", *HEADS, "neurons", "stream and heads", "everything")
+WHOLE = {f"{count} heads of 32": count for count in (9, 6, 5)}  # of 12
+PARTS = ("nothing", *HEADS, *WHOLE, "neurons", "stream and heads", "everything")
 
 
 def rank_of_heads(model: nn.Module, moment: torch.Tensor, rank: int) -> Any:
@@ -48,6 +51,62 @@ def rank_of_heads(model: nn.Module, moment: torch.Tensor, rank: int) -> Any:
     return new
 
 
+@torch.no_grad()
+def fewer_heads(model: nn.Module, batches: Iterable[Any], count: int) -> Any:
+    """A copy in which the output layer of every attention reads so many heads and no other; no shape changes.
+
+    What the heads pass to it, a, has the covariance C and the mean m. Heads go one by one, always the one without which
+    the others give the least E‖W (a − m) − A (a_S − m_S)‖², A = W C_{·S} C_SS⁻¹.
+    """
+    new: Any = copy.deepcopy(model)
+    for layer, (covariance, mean) in zip(new.base_model.encoder.layer, passed_on(model, batches), strict=True):
+        h, output = layer.attention.self.attention_head_size, layer.attention.output.dense
+        weight = output.weight.double()
+        kept = list(range(len(mean) // h))
+        while len(kept) > count:
+            without = {head: [other for other in kept if other != head] for head in kept}
+            kept = min(without.values(), key=lambda heads: refitted(weight, covariance, columns(heads, h))[1])
+        chosen = columns(kept, h)
+        fitted = refitted(weight, covariance, chosen)[0]
+        output.bias += (weight @ mean - fitted @ mean[chosen]).float()
+        output.weight.zero_()
+        output.weight[:, chosen] = fitted.float()
+    return new
+
+
+def columns(heads: list[int], width: int) -> torch.Tensor:
+    return torch.cat([torch.arange(head * width, (head + 1) * width) for head in heads])
+
+
+def refitted(weight: torch.Tensor, covariance: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A, and what it explains of the output's variance, negated."""
+    crossed = weight @ covariance[:, chosen]
+    own = covariance[chosen][:, chosen]
+    own = own + 1e-6 * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype)
+    fitted = torch.linalg.solve(own, crossed.T).T
+    return fitted, -float((fitted * crossed).sum())
+
+
+def passed_on(model: Any, batches: Iterable[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Covariance and mean of the rows that each attention's output layer reads."""
+    states = [
+        StreamingCovariance(model.config.hidden_size, dtype=torch.float64) for _ in model.base_model.encoder.layer
+    ]
+    hooks = [
+        layer.attention.output.dense.register_forward_pre_hook(
+            lambda module, args, state=state: state.update(args[0].flatten(0, -2).double())
+        )
+        for layer, state in zip(model.base_model.encoder.layer, states, strict=True)
+    ]
+    try:
+        for batch in batches:
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(state.covariance(), state.mean) for state in states]
+
+
 class Parts:
     """One task and seed: the dense model, RMT-KD's plan for it, and models narrowed in part."""
 
@@ -65,6 +124,8 @@ class Parts:
             return self.model  # type: ignore[no-any-return]
         if part in HEADS:
             return rank_of_heads(self.model, self.plan.covariances["residual"].double(), HEADS[part])  # type: ignore[no-any-return]
+        if part in WHOLE:
+            return fewer_heads(self.model, self.batches(), WHOLE[part])  # type: ignore[no-any-return]
         names = {"neurons": ["intermediate_size"], "stream and heads": ["hidden_size"], "everything": list(widths)}
         chosen = {name: widths[name] for name in names[part]}
         return width.narrow(  # type: ignore[no-any-return]

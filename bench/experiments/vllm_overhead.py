@@ -3,11 +3,11 @@
     .venv-vllm/bin/python -m bench.experiments.vllm_overhead --json bench/results/vllm-overhead.json
 
 One engine, on one thread, with the plugin switched on and off from step to step, in the order on, off, off, on: two
-engines, or the same one a few seconds later, differ by some 3 % here though nothing has changed. What is timed are
-steps in which every running request gets one token and all windows are full, and first steps, which read prompts only.
-A ratio is off / on in seconds, so that 1 is no cost: each round takes the sums over its steps, of the same requests.
-Given are the median over all rounds of several engines, started one after the other, and its 90 % interval by bootstrap
-over rounds.
+engines, or the same one a few seconds later, are not alike though nothing has changed. What is timed are steps in
+which every running request gets one token and all windows are full, and first steps, which read prompts only. A ratio
+is off / on in seconds, so that 1 is no cost: each round takes the sums over its steps, of the same requests. Given are
+the median over all rounds of several engines, started one after the other, and its 90 % interval by bootstrap over
+rounds.
 
 Switched off means: the model's blocks are as they were, and the worker does not look. The scheduler's and the output
 processor's wrappers stay, and find nothing to pass on. `--null` never switches on: what it prints is the noise.
