@@ -101,6 +101,7 @@ def run(folder: Path, sanitizer: Sanitizer, arguments: Sequence[str]) -> tuple[i
     environment |= {
         "LD_PRELOAD": ":".join(libraries),
         "OMP_NUM_THREADS": str(sanitizer.threads),
+        "OPENBLAS_NUM_THREADS": "1",  # NumPy's, of which the sanitizer knows no fork and no join
         "PYTHONPATH": f"{folder}:{folder / 'python'}",
     }
     # UBSan writes to standard error whatever it is told: pytest must leave it alone.
