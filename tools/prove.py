@@ -2,9 +2,9 @@
 
 Runs all tests of a slice with RMTKERNELS_PROVE=1: every architecture, schedule, size, sanitizer and planted bug.
 proofs.json keeps what passed, with a hash of the files that the slice depends on (tools/slices.py). Without --slices
-those run whose hash has changed, but for those of ELSEWHERE and ONLY_NAMED; --check runs nothing, names what has
-changed, and exits with 1 if there is any. Each slice is recorded when it is through: an interrupted run keeps what it
-has finished, and a failing one is not recorded.
+those run whose hash has changed, but for those of ELSEWHERE; --check runs nothing, names what has changed, and exits
+with 1 if there is any. Each slice is recorded when it is through: an interrupted run keeps what it has finished, and a
+failing one is not recorded.
 """
 
 import argparse
@@ -61,8 +61,6 @@ SYSTEMS = {
         "tests/integration",
     ),
 }
-# Has not passed whole yet: runs where it is named, make prove SLICES=sanitized.
-ONLY_NAMED = ("sanitized",)
 # Ladders that `make test-vllm` runs in an environment of its own: what they depend on, and their tests.
 _WATCHING = ("vllm", "detector.py", "files.py", "network.py", "options.py", "taps.py")
 ELSEWHERE = {"vllm": ([*(f"python/eigentrack/{path}" for path in _WATCHING), "requirements/vllm.txt"], "tests/vllm")}
@@ -226,7 +224,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     unknown = set(options.slices or []) - all_ladders.keys()
     if unknown:
         parser.error(f"no ladder is called {', '.join(sorted(unknown))}; there is: {', '.join(all_ladders)}")
-    due = [name for name in all_ladders if name not in ONLY_NAMED and (options.check or name not in ELSEWHERE)]
+    due = [name for name in all_ladders if options.check or name not in ELSEWHERE]
     names = options.slices or due
     if options.check or not options.slices:
         stale = changed(read_record(root), all_ladders)

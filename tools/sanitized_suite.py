@@ -7,6 +7,7 @@ with 1 if a test fails or a sanitizer has said anything, and prints that.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tools import slices
 from tools.slices import ROOT
 
 COPIED = ("bench", "build_tools", "csrc", "python", "rmtkernels", "tests", "tools")
+STARTS_PROCESSES = re.compile(r"^import (subprocess|torch\.multiprocessing)", re.MULTILINE)
 FILES = ("setup.py", "pyproject.toml", "README.md")
 # ThreadSanitizer sees no fork and no join: they are libgomp's, which is not compiled with it.
 FORK_JOIN = "tools/fork_join.cpp"
@@ -113,10 +115,14 @@ def run(folder: Path, sanitizer: Sanitizer, arguments: Sequence[str]) -> tuple[i
 
 
 def native_tests(root: Path = ROOT) -> list[str]:
-    """Tests of slices, and those of what they share, but for those that want CUDA."""
+    """Tests of slices, and those of what they share, but for those that want CUDA.
+
+    Those that start processes come first: after all others, under ThreadSanitizer, Linux refuses the fork (ENOMEM).
+    """
     names = [*slices.slices(root), "states", "streaming_covariance", "host", "bad_input_states", "dispatch"]
     found = {file for name in names for file in (root / "tests/unit").glob(f"test_{name}*.py")}
-    return sorted(str(file.relative_to(root)) for file in found if "cuda" not in file.name)
+    tests = sorted(str(file.relative_to(root)) for file in found if "cuda" not in file.name)
+    return sorted(tests, key=lambda test: not STARTS_PROCESSES.search((root / test).read_text(encoding="utf-8")))
 
 
 def _library(name: str) -> str:
