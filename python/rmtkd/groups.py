@@ -27,6 +27,7 @@ class Group:
             "intermediate_size", "hidden_sizes.0"); "" if the group has a rank of its own.
         multiple: the rank must be divisible by this whatever the config says (heads).
         share: the setting called `width` is this many times the group's rank (a ResNet's bottleneck: 4).
+        ranked: False for what is not projected but counts in how the rest is (what heads pass on): it has no rank.
         scaled: rows are divided by their root mean square first: what is read through an RMSNorm has no scale.
     """
 
@@ -35,4 +36,5 @@ class Group:
     width: str = ""
     multiple: int = 1
     share: int = 1
+    ranked: bool = True
     scaled: bool = False

@@ -67,14 +67,24 @@ def interpolation(moment: Tensor, kept: Tensor) -> Tensor:
         moment: (d, d) second moment E[a aᵀ].
         kept: (m,) S.
     """
+    weights = regression(moment[:, kept], moment[kept][:, kept])
+    weights[kept] = torch.eye(len(kept), dtype=weights.dtype, device=weights.device)
+    return weights
+
+
+def regression(crossed: Tensor, moment: Tensor) -> Tensor:
+    """C of least E‖a − C b‖²: (d, m) float64.
+
+    Args:
+        crossed: (d, m) E[a bᵀ].
+        moment: (m, m) E[b bᵀ].
+    """
     moment = moment.double()
     size = moment.diagonal().sqrt()
     size = torch.where(size > 0, size, 1)
-    alike = moment / size / size[:, None]
-    factor = torch.linalg.cholesky(alike[kept][:, kept] + DAMPING * torch.eye(len(kept), device=size.device))
-    weights = torch.cholesky_solve(alike[kept], factor).T * size[:, None] / size[kept]
-    weights[kept] = torch.eye(len(kept), dtype=size.dtype, device=size.device)
-    return weights
+    damping = DAMPING * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    factor = torch.linalg.cholesky(moment / size / size[:, None] + damping)
+    return torch.cholesky_solve((crossed.double() / size).T, factor).T / size
 
 
 def _rows(kept: Tensor, d: int) -> Tensor:

@@ -46,17 +46,17 @@ def plan(model: nn.Module, calibration: Iterable[Batch], config: Config, *, prog
         raise CalibrationError("calibration batches are read more than once: give a list or a loader, not an iterator")
     groups = _groups(model, config)
     states = calibrate(model, calibration, groups, rows=config.calibration_rows, progress=progress)
+    moments = {group.name: states[group.name].covariance(center=False) for group in groups}
     findings = []
-    for group in with_bar(groups, "spectra", progress):
-        moment = states[group.name].covariance(center=False)
-        eigenvalues = torch.linalg.eigvalsh(moment).flip(0).cpu()
+    for group in with_bar([group for group in groups if group.ranked], "spectra", progress):
+        eigenvalues = torch.linalg.eigvalsh(moments[group.name]).flip(0).cpu()
         choice = choose(eigenvalues.numpy(), states[group.name].effective_rows, config, group.multiple)
-        findings.append(_Finding(group, moment, eigenvalues, choice))
+        findings.append(_Finding(group, eigenvalues, choice))
     with torch.random.fork_rng(range(torch.cuda.device_count())):  # a loader that shuffles draws from the global state
         batch = next(iter(calibration))
     if config.mode == "width":
-        return _width_plan(model, batch, config, findings)
-    return _factor_plan(model, batch, config, findings, progress)
+        return _width_plan(model, batch, config, findings, moments)
+    return _factor_plan(model, batch, config, findings, moments, progress)
 
 
 def _groups(model: nn.Module, config: Config) -> list[Group]:
@@ -70,7 +70,6 @@ def _groups(model: nn.Module, config: Config) -> list[Group]:
 @dataclass(frozen=True)
 class _Finding:
     group: Group
-    moment: Tensor
     eigenvalues: Tensor
     choice: Choice
 
@@ -81,17 +80,13 @@ class _Finding:
         return layer if comparison is None else replace(layer, **asdict(comparison))
 
 
-def _width_plan(model: nn.Module, batch: Batch, config: Config, findings: Sequence[_Finding]) -> Plan:
+def _width_plan(
+    model: nn.Module, batch: Batch, config: Config, findings: Sequence[_Finding], covariances: dict[str, Tensor]
+) -> Plan:
     from rmtkd import width
 
     widths, reasons = _common_widths(findings, config)
-    layers = tuple(
-        finding.layer_plan(widths[finding.group.width] // finding.group.share)
-        if finding.group.width
-        else finding.layer_plan(finding.choice.rank)
-        for finding in findings
-    )
-    covariances = {finding.group.name: finding.moment for finding in findings}
+    layers = tuple(finding.layer_plan(widths[finding.group.width] // finding.group.share) for finding in findings)
     narrowed = width.narrow(model, widths, covariances, config)
     with as_it_was(model), as_it_was(narrowed):
         times = milliseconds({"before": lambda: run(model, batch), "after": lambda: run(narrowed, batch)})
@@ -107,7 +102,7 @@ def _common_widths(findings: Sequence[_Finding], config: Config) -> tuple[dict[s
     of all layers together would be at their own ranks.
     """
     widths, reasons = {}, {}
-    for name in dict.fromkeys(finding.group.width for finding in findings if finding.group.width):
+    for name in dict.fromkeys(finding.group.width for finding in findings):
         sharing = [finding for finding in findings if finding.group.width == name]
         dims = {finding.choice.dim * finding.group.share for finding in sharing}
         if len(dims) > 1:
@@ -133,13 +128,19 @@ class _Comparison:
     keep_dense: str
 
 
-def _factor_plan(model: nn.Module, batch: Batch, config: Config, findings: Sequence[_Finding], progress: bool) -> Plan:
+def _factor_plan(
+    model: nn.Module,
+    batch: Batch,
+    config: Config,
+    findings: Sequence[_Finding],
+    covariances: dict[str, Tensor],
+    progress: bool,
+) -> Plan:
     inputs = _inputs(model, batch, [finding.group for finding in findings])
     layers = []
     for finding in with_bar(findings, "timing layers", progress):
         comparison = _compare(model, finding, config, inputs[finding.group.name])
         layers.append(finding.layer_plan(finding.choice.rank, comparison))
-    covariances = {finding.group.name: finding.moment for finding in findings}
     before = parameters(model)
     saved = sum((layer.parameters or 0) - (layer.parameters_projected or 0) for layer in layers if not layer.keep_dense)
     skipped = factor.skipped(model, config)

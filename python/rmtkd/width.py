@@ -17,7 +17,7 @@ _FAMILIES: dict[str, ModuleType] = {"bert": width_bert, "llama": width_llama, "r
 
 
 def groups(model: nn.Module) -> list[Group]:
-    """What sets the widths of a model: its residual stream, and its inner neurons layer by layer.
+    """What sets the widths of a model: its residual stream, its inner neurons layer by layer, and what heads pass on.
 
     Raises:
         ModelError: if the model is of no known family.
@@ -36,9 +36,10 @@ def narrow(
     """A narrower model of the same class, which `save_pretrained` and stock `AutoModel.from_pretrained` take.
 
     The residual stream is projected on the leading eigenvectors of its pooled second moment, one projection for the
-    whole network, so that shortcuts stay the identity. Heads are narrowed from within where the stock config ties their
-    width to the stream's (BERT); inner neurons are chosen as `config.neurons` says. Norm layers do not commute with a
-    projection: see "What narrowing loses" in docs/rmtkd.md.
+    whole network, so that shortcuts stay the identity. Where the stock config ties heads to the width of the stream
+    (BERT), fewer of them stay, as wide as the new width lets them be, and the output layer is fitted to these. Inner
+    neurons are chosen as `config.neurons` says. Norm layers do not commute with a projection: see "What narrowing
+    loses" in docs/rmtkd.md.
 
     Args:
         model: unchanged.
@@ -57,7 +58,7 @@ def narrow(
         CalibrationError: if the model does not take a batch of `calibration`.
     """
     family = _family(model)
-    known = {group.width for group in family.groups(model)}
+    known = {group.width for group in family.groups(model) if group.ranked}
     if unknown := sorted(set(widths) - known):
         raise PlanError(f"this model has no width {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     narrowed = family.narrow(model, widths, covariances, config)

@@ -1,4 +1,4 @@
-"""BERT, narrowed: one projection for the whole residual stream, heads narrowed from within, neurons chosen."""
+"""BERT, narrowed: one projection for the whole residual stream, heads and neurons chosen."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from rmtkd.config import Config
 from rmtkd.errors import ModelError
 from rmtkd.groups import Group, Tap
-from rmtkd.heads import narrow_scores, narrow_values
-from rmtkd.neurons import choose_neurons
+from rmtkd.heads import choose_heads, count_heads, narrow_scores, narrow_values
+from rmtkd.neurons import choose_neurons, interpolation, regression
 from rmtkd.residual import layer_norm_basis, norm_gain
 from rmtkd.width_parts import (
     Layer,
@@ -31,42 +31,46 @@ _RESIDUAL = "residual"
 
 
 def groups(model: Layer) -> list[Group]:
-    """The residual stream after every norm, and the inner neurons of every layer."""
+    """The residual stream after every norm, the inner neurons of every layer, and what its heads pass on."""
     _check(model)
-    prefix = name_prefix(model, model.base_model)
+    layers, heads = range(model.config.num_hidden_layers), model.config.num_attention_heads
+    prefix = f"{name_prefix(model, model.base_model)}encoder.layer"
     stream = tuple(Tap(name, "output") for name in _norm_names(model))
-    inner = [
-        Group(_inner(index), (Tap(f"{prefix}encoder.layer.{index}.output.dense", "input"),), width="intermediate_size")
-        for index in range(model.config.num_hidden_layers)
+    inner = [(_inner(index), Tap(f"{prefix}.{index}.output.dense", "input")) for index in layers]
+    passed = [(_heads(index), Tap(f"{prefix}.{index}.attention.output.dense", "input")) for index in layers]
+    return [
+        Group(_RESIDUAL, stream, width="hidden_size", multiple=heads),
+        *(Group(name, (tap,), width="intermediate_size") for name, tap in inner),
+        *(Group(name, (tap,), ranked=False) for name, tap in passed),
     ]
-    return [Group(_RESIDUAL, stream, width="hidden_size", multiple=model.config.num_attention_heads), *inner]
 
 
 def narrow(model: Layer, widths: Mapping[str, int], covariances: Mapping[str, Tensor], config: Config) -> Narrowed:
     """See `rmtkd.width.narrow`."""
     _check(model)
     old = model.config
-    hidden = width_of(widths, "hidden_size", old.hidden_size, old.num_attention_heads)
+    hidden = width_of(widths, "hidden_size", old.hidden_size)
     inner = width_of(widths, "intermediate_size", old.intermediate_size)
     moment = moment_of(covariances, _RESIDUAL, old.hidden_size)
-    inner_moments = [
-        moment_of(covariances, _inner(index), old.intermediate_size) for index in range(old.num_hidden_layers)
-    ]
+    layers = range(old.num_hidden_layers)
+    inner_moments = [moment_of(covariances, _inner(index), old.intermediate_size) for index in layers]
+    passed_moments = [moment_of(covariances, _heads(index), old.hidden_size) for index in layers]
     basis = layer_norm_basis(moment, hidden)
-    new = smaller(model, hidden_size=hidden, intermediate_size=inner)
+    heads = count_heads(hidden, old.num_attention_heads, old.hidden_size // old.num_attention_heads)
+    new = smaller(model, hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner)
     stream = _Stream(moment, basis)
     wide, narrow_base = model.base_model, new.base_model
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         write(getattr(narrow_base.embeddings, name), weight_of(getattr(wide.embeddings, name)) @ basis)
     for index, (layer, wide_layer) in enumerate(zip(narrow_base.encoder.layer, wide.encoder.layer, strict=True)):
-        _attention(layer.attention, wide_layer.attention, old.num_attention_heads, stream)
+        _attention(layer.attention, wide_layer.attention, passed_moments[index], stream)
         neurons = choose_neurons(inner_moments[index], inner, config.neurons)
         first, second = wide_layer.intermediate.dense, wide_layer.output.dense
         write(layer.intermediate.dense, neurons.before @ weight_of(first) @ basis, neurons.before @ bias_of(first))
         write(layer.output.dense, basis.T @ weight_of(second) @ neurons.after, basis.T @ bias_of(second))
     for name in _norm_names(model):
         stream.norm(new.get_submodule(name), model.get_submodule(name))
-    _heads(new, model, stream)
+    _readers(new, model, stream)
     return Narrowed(new, tuple(Norm(name, basis) for name in _norm_names(model)))
 
 
@@ -83,11 +87,11 @@ class _Stream:
         write(new, self._gain * gains, self.basis.T @ bias_of(old))
 
 
-def _attention(new: Layer, old: Layer, heads: int, stream: _Stream) -> None:
-    """Queries, keys, values and the output layer, each head narrowed from h = d / heads to k / heads.
+def _attention(new: Layer, old: Layer, passed: Tensor, stream: _Stream) -> None:
+    """Queries, keys, values and the output layer of the heads that stay, narrowed from within where k asks for it.
 
-    The attention of a head divides its scores by the root of its width, which is smaller now: queries and keys make up
-    for it, half each. Biases of values are added to every output, whatever the attention, and go to the output layer.
+    Args:
+        passed: (d, d) second moment of what all heads pass on to the output layer, which is fitted to those that stay.
     """
     d, k = stream.basis.shape
     if k == d:
@@ -95,32 +99,37 @@ def _attention(new: Layer, old: Layer, heads: int, stream: _Stream) -> None:
             layer = old.get_submodule(name)
             write(new.get_submodule(name), layer.weight, layer.bias)
         return
-    scale = (k / d) ** 0.25
     query, key, value, output = old.self.query, old.self.key, old.self.value, old.output.dense
-    rows: dict[str, list[Tensor]] = {name: [] for name in ("query", "query_bias", "key", "key_bias", "value", "output")}
-    for wq, bq, wk, bk, wv, wo in zip(
-        *(part(layer).chunk(heads) for layer in (query, key) for part in (weight_of, bias_of)),
-        weight_of(value).chunk(heads),
-        weight_of(output).chunk(heads, dim=1),
-        strict=True,
-    ):
+    count, h, r = new.self.num_attention_heads, old.self.attention_head_size, new.self.attention_head_size
+    writes = stream.basis.T @ weight_of(output)
+    heads = choose_heads(passed, writes, d // h, count)
+    kept = torch.arange(d, device=passed.device).view(-1, h)[heads].flatten()
+    writes = writes @ interpolation(passed, kept)
+    queries, keys, values = [], [], []
+    for own, written in zip(kept.chunk(count), writes.chunk(count, dim=1), strict=True):
+        wq, bq, wk = weight_of(query)[own], bias_of(query)[own], weight_of(key)[own]
         query_moment = wq @ stream.moment @ wq.T + torch.outer(bq, bq)
-        for_queries, for_keys = narrow_scores(query_moment, wk @ stream.moment @ wk.T, k // heads)
-        for_output, for_values = narrow_values(wv @ stream.moment @ wv.T, wo, k // heads)
-        rows["query"].append(scale * for_queries.T @ wq)
-        rows["query_bias"].append(scale * for_queries.T @ bq)
-        rows["key"].append(scale * for_keys.T @ wk)
-        rows["key_bias"].append(scale * for_keys.T @ bk)
-        rows["value"].append(for_values.T @ wv)
-        rows["output"].append(wo @ for_output)
-    write(new.self.query, torch.cat(rows["query"]) @ stream.basis, torch.cat(rows["query_bias"]))
-    write(new.self.key, torch.cat(rows["key"]) @ stream.basis, torch.cat(rows["key_bias"]))
-    write(new.self.value, torch.cat(rows["value"]) @ stream.basis, torch.zeros(k, dtype=torch.float64))
-    carried = bias_of(output) + weight_of(output) @ bias_of(value)
-    write(new.output.dense, stream.basis.T @ torch.cat(rows["output"], 1), stream.basis.T @ carried)
+        for_queries, for_keys = narrow_scores(query_moment, wk @ stream.moment @ wk.T, r)
+        queries.append(for_queries)
+        keys.append(for_keys)
+        values.append(narrow_values(passed[own][:, own], written, r)[1])
+    # Scores are divided by the root of a head's width: queries and keys make up for it, half each.
+    scale = (r / h) ** 0.25
+    for name, layer, turns, factor in (
+        ("self.query", query, queries, scale),
+        ("self.key", key, keys, scale),
+        ("self.value", value, values, 1.0),
+    ):
+        turn = factor * torch.block_diag(*turns).T
+        write(new.get_submodule(name), turn @ weight_of(layer)[kept] @ stream.basis, turn @ bias_of(layer)[kept])
+    if r < h:
+        read = torch.block_diag(*values)
+        crossed = passed[kept][:, kept] @ read
+        writes = writes @ regression(crossed, read.T @ crossed)
+    write(new.output.dense, writes, stream.basis.T @ bias_of(output))
 
 
-def _heads(new: Layer, old: Layer, stream: _Stream) -> None:
+def _readers(new: Layer, old: Layer, stream: _Stream) -> None:
     """The pooler and what reads it, or what reads every token.
 
     No statistics of the pooler's neurons are gathered, one row a text is too few: they are chosen as if their tanh were
@@ -148,6 +157,10 @@ def _check(model: Layer) -> None:
 
 def _inner(index: int) -> str:
     return f"layer.{index}.inner"
+
+
+def _heads(index: int) -> str:
+    return f"layer.{index}.heads"
 
 
 def _norm_names(model: Layer) -> list[str]:

@@ -97,7 +97,7 @@ def test_twice_gives_the_same_plan(mode: str, monkeypatch: pytest.MonkeyPatch) -
     make, batches, config = CASES[mode]
     plans = [plan(make(), batches(), config, progress=False) for _ in range(2)]
     assert plans[0] == plans[1]
-    assert plans[0].covariances.keys() == plans[1].covariances.keys() == {layer.name for layer in plans[0].layers}
+    assert plans[0].covariances.keys() == plans[1].covariances.keys() >= {layer.name for layer in plans[0].layers}
     for name, moment in plans[0].covariances.items():
         assert torch.equal(moment, plans[1].covariances[name])
 

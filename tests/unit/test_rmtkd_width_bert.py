@@ -60,14 +60,17 @@ def outputs(model: nn.Module, seed: int = 2) -> Tensor:
 
 
 class Disguise:
-    """A narrow BERT as a wide one: the stream turned into more dimensions, heads into more rows, neurons doubled."""
+    """A narrow BERT as a wide one: the stream turned into more dimensions, neurons doubled, and heads too (`whole`), or
+    turned into more rows.
+    """
 
-    def __init__(self, narrow: Any, hidden: int) -> None:
+    def __init__(self, narrow: Any, hidden: int, whole: bool) -> None:
         self.narrow, k = narrow, narrow.config.hidden_size
-        self.k, self.d, self.heads = k, hidden, narrow.config.num_attention_heads
+        self.k, self.d, self.heads, self.whole = k, hidden, narrow.config.num_attention_heads, whole
         self.turn = self._with_mean(k, hidden)
         inner = 2 * narrow.config.intermediate_size
-        self.wide = bert(hidden, inner, type(narrow).__name__)
+        heads = 2 * self.heads if whole else self.heads
+        self.wide = bert(hidden, inner, type(narrow).__name__, num_attention_heads=heads)
         with torch.no_grad():
             self._write(self.wide.base_model, narrow.base_model)
             if hasattr(narrow, "classifier"):
@@ -93,14 +96,14 @@ class Disguise:
             getattr(wide.embeddings, name).weight.copy_(getattr(narrow.embeddings, name).weight @ turn.T)
         self._norm(wide.embeddings.LayerNorm, narrow.embeddings.LayerNorm)
         for new, old in zip(wide.encoder.layer, narrow.encoder.layer, strict=True):
-            spread = self._heads()
-            scale = (self.d / self.k) ** 0.25
+            spread, gathered = self._heads()
+            scale = 1.0 if self.whole else (self.d / self.k) ** 0.25
             for name, factor in (("query", scale), ("key", scale), ("value", 1.0)):
                 layer, source = getattr(new.attention.self, name), getattr(old.attention.self, name)
                 layer.weight.copy_(factor * spread @ source.weight @ turn.T)
                 layer.bias.copy_(factor * spread @ source.bias)
             dense, source = new.attention.output.dense, old.attention.output.dense
-            dense.weight.copy_(turn @ source.weight @ spread.T)
+            dense.weight.copy_(turn @ source.weight @ gathered)
             dense.bias.copy_(turn @ source.bias)
             self._norm(new.attention.output.LayerNorm, old.attention.output.LayerNorm)
             new.intermediate.dense.weight.copy_(old.intermediate.dense.weight.repeat(2, 1) @ turn.T)
@@ -115,21 +118,27 @@ class Disguise:
         wide.weight.fill_(float(narrow.weight[0]) * (self.k / self.d) ** 0.5)
         wide.bias.copy_(self.turn @ narrow.bias)
 
-    def _heads(self) -> Tensor:
-        """(d, k): each head's rows spread over more."""
-        blocks = [
-            torch.linalg.qr(torch.randn(self.d // self.heads, self.k // self.heads))[0] for _ in range(self.heads)
-        ]
-        return torch.block_diag(*blocks)
+    def _heads(self) -> tuple[Tensor, Tensor]:
+        """(d, k) rows of wide heads from those of narrow ones, and (k, d) back.
+
+        Whole heads are there twice, first and last, and each counts for its share.
+        """
+        if self.whole:
+            once = torch.eye(self.k)
+            return torch.cat((once, once)), torch.cat((0.3 * once, 0.7 * once), 1)
+        size = self.d // self.heads, self.k // self.heads
+        spread = torch.block_diag(*(torch.linalg.qr(torch.randn(*size))[0] for _ in range(self.heads)))
+        return spread, spread.T
 
 
-def disguise(kind: str = "BertModel", hidden: int = 24) -> Disguise:
-    narrow = bert(12, 20, kind, seed=3)
+def disguise(kind: str = "BertModel", whole: bool = True) -> Disguise:
+    """Whole heads: 8 of 3 for 4 of 3. Else 2 of 8 for 2 of 5, which is too wide for one."""
+    narrow = bert(12, 20, kind, seed=3) if whole else bert(10, 20, kind, seed=3, num_attention_heads=2)
     with torch.no_grad():
         for name, parameter in narrow.named_parameters():
             if name.endswith("LayerNorm.weight"):
                 parameter.fill_(1.3)
-    return Disguise(narrow, hidden)
+    return Disguise(narrow, 24 if whole else 16, whole)
 
 
 @pytest.mark.parametrize("kind", ["BertModel", *HEADED])
@@ -141,19 +150,22 @@ def test_the_full_width_gives_the_same(kind: str, fitted: bool) -> None:
     torch.testing.assert_close(outputs(same), outputs(model), rtol=0, atol=2e-5)
 
 
-def test_the_disguise_is_the_narrow_model() -> None:
-    found = disguise()
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_disguise_is_the_narrow_model(whole: bool) -> None:
+    found = disguise(whole=whole)
     torch.testing.assert_close(outputs(found.wide), outputs(found.narrow) @ found.turn.T, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("kind", ["BertModel", "BertForTokenClassification"])
-def test_a_narrow_model_in_disguise_loses_nothing(kind: str, fitted: bool) -> None:
-    """Stream, heads (with their scale) and neurons at once: all of the narrow model is found again."""
-    found = disguise(kind)
+def test_a_narrow_model_in_disguise_loses_nothing(kind: str, fitted: bool, whole: bool) -> None:
+    """Stream, heads (fewer, or narrower with their scale) and neurons at once: all of the narrow one is found again."""
+    found = disguise(kind, whole)
     calibration = batches() if fitted else None
-    widths = {"hidden_size": 12, "intermediate_size": 20}
+    widths = {"hidden_size": found.k, "intermediate_size": 20}
     narrow = width.narrow(found.wide, widths, moments(found.wide), Config(), calibration)
+    assert narrow.config.num_attention_heads == found.heads
     expected, got = outputs(found.wide), outputs(narrow)
     if kind == "BertModel":  # in axes of its own: the same up to a rotation
         expected, got = expected @ expected.T, got @ got.T
@@ -241,21 +253,24 @@ def test_dtype_and_repetition() -> None:
 
 def test_groups() -> None:
     model = bert(24, 40, "BertForSequenceClassification")
-    residual, *inner = width.groups(model)
+    residual, *others = width.groups(model)
+    inner, passed = others[:LAYERS], others[LAYERS:]
     assert (residual.width, residual.multiple, len(residual.taps)) == ("hidden_size", HEADS, 1 + 2 * LAYERS)
     assert [group.width for group in inner] == ["intermediate_size"] * LAYERS
+    assert [(group.name, group.ranked) for group in passed] == [("layer.0.heads", False), ("layer.1.heads", False)]
     names = dict(model.named_modules())
-    assert all(tap.module in names for group in (residual, *inner) for tap in group.taps)
+    assert all(tap.module in names for group in (residual, *others) for tap in group.taps)
 
 
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ({"hidden_size": 14}, "multiple of 4"),
+        ({"hidden_size": 14}, "14 cannot be the width of 4 equal heads, .* at most 6 wide; a multiple of 4 can"),
         ({"hidden_size": 28}, "from 1 to 24"),
         ({"hidden_size": 0}, "from 1 to 24"),
         ({"intermediate_size": 8.5}, "whole number"),
         ({"intermediate": 8}, "no width intermediate"),
+        ({"": 8}, "no width"),
     ],
 )
 def test_widths_that_the_model_cannot_have(widths: dict[str, Any], message: str) -> None:
@@ -270,6 +285,8 @@ def test_covariances_that_do_not_fit() -> None:
     widths = {"hidden_size": 12, "intermediate_size": 16}
     with pytest.raises(PlanError, match=r"layer\.1\.inner needs a \(40, 40\)"):
         width.narrow(model, widths, {k: v for k, v in found.items() if k != "layer.1.inner"}, Config())
+    with pytest.raises(PlanError, match=r"layer\.0\.heads needs a \(24, 24\)"):
+        width.narrow(model, widths, {k: v for k, v in found.items() if not k.endswith("heads")}, Config())
     with pytest.raises(PlanError, match="shape"):
         width.narrow(model, widths, {**found, "residual": torch.eye(12)}, Config())
     with pytest.raises(PlanError, match="not finite"):
