@@ -1,9 +1,9 @@
 """rmtkd: what width mode gains on one thread, 128 tokens: BERT encoders as they are against the narrower shape.
 
 6×384 in the shape that quantile 0.45 gives on SST-2 (docs/rmtkd-results.md) and at the paper's −58.8 %, 12×768 at the
-paper's −80.9 %, with as few heads as width mode gives them. Peers have at most as many parameters: every layer and
-embedding as two factors of the same share (SVD), and SliceGPT's slicing. Speed depends on shapes alone: all have random
-weights, and what they compute is not compared.
+paper's −80.9 %, with fewer heads, whole. Peers have at most as many parameters: every layer and embedding as two
+factors of the same share (SVD), and SliceGPT's slicing. Speed depends on shapes alone: all have random weights, and
+what they compute is not compared.
 """
 
 from typing import Any
@@ -15,11 +15,10 @@ from bench.case import Case, case
 from bench.experiments.rmtkd_baselines import factorable, ranks_for
 from bench.experiments.rmtkd_slicing import slice_bert, width_for
 from bench.experiments.rmtkd_units import parameters
-from rmtkd.heads import count_heads
 
 TOKENS, HEADS = 128, 12
-SMALL, SMALL_NARROW, SMALL_PAPER = (6, 384, 1536), (6, 192, 600), (6, 216, 560)
-BASE, BASE_NARROW = (12, 768, 3072), (12, 288, 1128)
+SMALL, SMALL_NARROW, SMALL_PAPER = (6, 384, 1536), (6, 192, 600), (6, 192, 1064)
+BASE, BASE_NARROW = (12, 768, 3072), (12, 256, 1576)
 DENSE = "as it was"
 
 
@@ -70,8 +69,7 @@ def narrowing(
     shape: tuple[int, int, int], narrow: tuple[int, int, int], batch: int, cut: float, target: float | None
 ) -> Case:
     """`cut`: the share of the parameters that must be gone; `target`: how many times as fast it is to be."""
-    heads = count_heads(narrow[1], HEADS, shape[1] // HEADS)
-    dense, smaller = encoder(*shape), encoder(*narrow, heads)
+    dense, smaller = encoder(*shape), encoder(*narrow, HEADS * narrow[1] // shape[1])
     total = parameters(smaller)
     models = {DENSE: dense, "SVD": factored(shape, total), "slicing": sliced(shape, total)}
     ids = torch.randint(0, 30_000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))

@@ -17,10 +17,11 @@ from torch import nn
 
 from bench.experiments import rmtkd_text, texts
 from bench.experiments.data_text import TASKS, calibration
+from bench.experiments.rmtkd_heads import narrow_scores, narrow_values
 from bench.experiments.rmtkd_units import Units, shown
 from rmtkd import width
 from rmtkd.config import Config
-from rmtkd.heads import choose_heads, narrow_scores, narrow_values
+from rmtkd.heads import choose_heads
 from rmtkd.neurons import interpolation, regression
 from rmtkd.planning import plan
 
@@ -36,7 +37,7 @@ def narrower_heads(model: nn.Module, moments: Mapping[str, torch.Tensor], rank: 
     stream = moments["residual"].double()
     for index, layer in enumerate(new.base_model.encoder.layer):
         attention, output = layer.attention.self, layer.attention.output.dense
-        moment, written, values = moments[f"layer.{index}.heads"], output.weight.double(), []
+        moment, written, values = moments[f"layer.{index}.context"], output.weight.double(), []
         for own in torch.arange(len(moment)).chunk(attention.num_attention_heads):
             q, k = attention.query.weight[own].double(), attention.key.weight[own].double()
             bias = attention.query.bias[own].double()
@@ -54,7 +55,7 @@ def fewer_heads(model: nn.Module, moments: Mapping[str, torch.Tensor], count: in
     new: Any = copy.deepcopy(model)
     for index, layer in enumerate(new.base_model.encoder.layer):
         output, heads = layer.attention.output.dense, layer.attention.self.num_attention_heads
-        moment, weight = moments[f"layer.{index}.heads"], output.weight.double()
+        moment, weight = moments[f"layer.{index}.context"], output.weight.double()
         kept = choose_heads(moment, weight, heads, count)
         rows = torch.arange(len(moment)).view(heads, -1)[kept].flatten()
         output.weight.zero_()

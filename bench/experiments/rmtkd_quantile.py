@@ -62,7 +62,8 @@ def encoder() -> dict[str, Any]:
 
     rows = data_text.sst2(AutoTokenizer.from_pretrained(rmtkd_text.encoder())).train
     model = AutoModel.from_pretrained(rmtkd_text.encoder()).eval()
-    return {"groups": spectra(model, width.groups(model), data_text.calibration(rows, seed=0))}
+    groups = [group for group in width.groups(model) if group.ranked]
+    return {"groups": spectra(model, groups, data_text.calibration(rows, seed=0))}
 
 
 def language_model() -> dict[str, Any]:

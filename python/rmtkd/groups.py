@@ -25,9 +25,9 @@ class Group:
         taps: pooled: a row of any of them is a row of the group.
         width: groups of the same `width` get the same rank, as one setting of the model's config ("hidden_size",
             "intermediate_size", "hidden_sizes.0"); "" if the group has a rank of its own.
-        multiple: the rank must be divisible by this whatever the config says (heads).
+        multiple: the rank must be divisible by this whatever the config says (a head's width: heads stay whole).
         share: the setting called `width` is this many times the group's rank (a ResNet's bottleneck: 4).
-        ranked: False for what is not projected but counts in how the rest is (what heads pass on): it has no rank.
+        ranked: False if only the second moment is wanted, and no rank (which heads stay depends on it).
         scaled: rows are divided by their root mean square first: what is read through an RMSNorm has no scale.
     """
 

@@ -113,7 +113,8 @@ def _common_widths(findings: Sequence[_Finding], config: Config) -> tuple[dict[s
         least = config.min_ratio * max(finding.choice.support * finding.group.share for finding in sharing)
         widths[name], clamped = round_rank(mean, dims.pop(), least, multiple)
         source = f"mean {mean:.1f} of {', '.join(map(str, raw))}" if len(raw) > 1 else str(raw[0])
-        reasons[name] = f"{source}, rounded up" + (f", held by min_ratio {config.min_ratio:g}" if clamped else "")
+        rounding = "rounded up" if multiple == config.multiple else f"rounded up to a multiple of {multiple}"
+        reasons[name] = f"{source}, {rounding}" + (f", held by min_ratio {config.min_ratio:g}" if clamped else "")
     return widths, reasons
 
 

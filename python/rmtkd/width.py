@@ -17,7 +17,7 @@ _FAMILIES: dict[str, ModuleType] = {"bert": width_bert, "llama": width_llama, "r
 
 
 def groups(model: nn.Module) -> list[Group]:
-    """What sets the widths of a model: its residual stream, its inner neurons layer by layer, and what heads pass on.
+    """What narrowing looks at: the residual stream, the inner neurons layer by layer, and (BERT) what heads write.
 
     Raises:
         ModelError: if the model is of no known family.
@@ -37,9 +37,8 @@ def narrow(
 
     The residual stream is projected on the leading eigenvectors of its pooled second moment, one projection for the
     whole network, so that shortcuts stay the identity. Where the stock config ties heads to the width of the stream
-    (BERT), fewer of them stay, as wide as the new width lets them be, and the output layer is fitted to these. Inner
-    neurons are chosen as `config.neurons` says. Norm layers do not commute with a projection: see "What narrowing
-    loses" in docs/rmtkd.md.
+    (BERT), fewer heads stay, whole, and the output layer is fitted to them. Inner neurons are chosen as
+    `config.neurons` says. Norm layers do not commute with a projection: see "What narrowing loses" in docs/rmtkd.md.
 
     Args:
         model: unchanged.

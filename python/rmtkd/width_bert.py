@@ -8,8 +8,8 @@ from torch import Tensor
 from rmtkd.config import Config
 from rmtkd.errors import ModelError
 from rmtkd.groups import Group, Tap
-from rmtkd.heads import choose_heads, count_heads, narrow_scores, narrow_values
-from rmtkd.neurons import choose_neurons, interpolation, regression
+from rmtkd.heads import choose_heads
+from rmtkd.neurons import choose_neurons, interpolation
 from rmtkd.residual import layer_norm_basis, norm_gain
 from rmtkd.width_parts import (
     Layer,
@@ -31,17 +31,17 @@ _RESIDUAL = "residual"
 
 
 def groups(model: Layer) -> list[Group]:
-    """The residual stream after every norm, the inner neurons of every layer, and what its heads pass on."""
+    """The residual stream after every norm, and of every layer the inner neurons and the context of its heads."""
     _check(model)
-    layers, heads = range(model.config.num_hidden_layers), model.config.num_attention_heads
+    layers = range(model.config.num_hidden_layers)
     prefix = f"{name_prefix(model, model.base_model)}encoder.layer"
     stream = tuple(Tap(name, "output") for name in _norm_names(model))
     inner = [(_inner(index), Tap(f"{prefix}.{index}.output.dense", "input")) for index in layers]
-    passed = [(_heads(index), Tap(f"{prefix}.{index}.attention.output.dense", "input")) for index in layers]
+    context = [(_context(index), Tap(f"{prefix}.{index}.attention.output.dense", "input")) for index in layers]
     return [
-        Group(_RESIDUAL, stream, width="hidden_size", multiple=heads),
+        Group(_RESIDUAL, stream, width="hidden_size", multiple=_head_width(model)),
         *(Group(name, (tap,), width="intermediate_size") for name, tap in inner),
-        *(Group(name, (tap,), ranked=False) for name, tap in passed),
+        *(Group(name, (tap,), ranked=False) for name, tap in context),
     ]
 
 
@@ -49,21 +49,21 @@ def narrow(model: Layer, widths: Mapping[str, int], covariances: Mapping[str, Te
     """See `rmtkd.width.narrow`."""
     _check(model)
     old = model.config
-    hidden = width_of(widths, "hidden_size", old.hidden_size)
+    hidden = width_of(widths, "hidden_size", old.hidden_size, _head_width(model))
     inner = width_of(widths, "intermediate_size", old.intermediate_size)
     moment = moment_of(covariances, _RESIDUAL, old.hidden_size)
     layers = range(old.num_hidden_layers)
     inner_moments = [moment_of(covariances, _inner(index), old.intermediate_size) for index in layers]
-    passed_moments = [moment_of(covariances, _heads(index), old.hidden_size) for index in layers]
+    context_moments = [moment_of(covariances, _context(index), old.hidden_size) for index in layers]
     basis = layer_norm_basis(moment, hidden)
-    heads = count_heads(hidden, old.num_attention_heads, old.hidden_size // old.num_attention_heads)
+    heads = hidden // _head_width(model)
     new = smaller(model, hidden_size=hidden, num_attention_heads=heads, intermediate_size=inner)
     stream = _Stream(moment, basis)
     wide, narrow_base = model.base_model, new.base_model
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         write(getattr(narrow_base.embeddings, name), weight_of(getattr(wide.embeddings, name)) @ basis)
     for index, (layer, wide_layer) in enumerate(zip(narrow_base.encoder.layer, wide.encoder.layer, strict=True)):
-        _attention(layer.attention, wide_layer.attention, passed_moments[index], stream)
+        _attention(layer.attention, wide_layer.attention, context_moments[index], stream)
         neurons = choose_neurons(inner_moments[index], inner, config.neurons)
         first, second = wide_layer.intermediate.dense, wide_layer.output.dense
         write(layer.intermediate.dense, neurons.before @ weight_of(first) @ basis, neurons.before @ bias_of(first))
@@ -87,46 +87,20 @@ class _Stream:
         write(new, self._gain * gains, self.basis.T @ bias_of(old))
 
 
-def _attention(new: Layer, old: Layer, passed: Tensor, stream: _Stream) -> None:
-    """Queries, keys, values and the output layer of the heads that stay, narrowed from within where k asks for it.
+def _attention(new: Layer, old: Layer, context: Tensor, stream: _Stream) -> None:
+    """As many heads as the width takes, whole; the output layer is fitted to them.
 
     Args:
-        passed: (d, d) second moment of what all heads pass on to the output layer, which is fitted to those that stay.
+        context: (d, d) second moment of what all heads together pass to the output layer.
     """
-    d, k = stream.basis.shape
-    if k == d:
-        for name in ("self.query", "self.key", "self.value", "output.dense"):
-            layer = old.get_submodule(name)
-            write(new.get_submodule(name), layer.weight, layer.bias)
-        return
-    query, key, value, output = old.self.query, old.self.key, old.self.value, old.output.dense
-    count, h, r = new.self.num_attention_heads, old.self.attention_head_size, new.self.attention_head_size
-    writes = stream.basis.T @ weight_of(output)
-    heads = choose_heads(passed, writes, d // h, count)
-    kept = torch.arange(d, device=passed.device).view(-1, h)[heads].flatten()
-    writes = writes @ interpolation(passed, kept)
-    queries, keys, values = [], [], []
-    for own, written in zip(kept.chunk(count), writes.chunk(count, dim=1), strict=True):
-        wq, bq, wk = weight_of(query)[own], bias_of(query)[own], weight_of(key)[own]
-        query_moment = wq @ stream.moment @ wq.T + torch.outer(bq, bq)
-        for_queries, for_keys = narrow_scores(query_moment, wk @ stream.moment @ wk.T, r)
-        queries.append(for_queries)
-        keys.append(for_keys)
-        values.append(narrow_values(passed[own][:, own], written, r)[1])
-    # Scores are divided by the root of a head's width: queries and keys make up for it, half each.
-    scale = (r / h) ** 0.25
-    for name, layer, turns, factor in (
-        ("self.query", query, queries, scale),
-        ("self.key", key, keys, scale),
-        ("self.value", value, values, 1.0),
-    ):
-        turn = factor * torch.block_diag(*turns).T
-        write(new.get_submodule(name), turn @ weight_of(layer)[kept] @ stream.basis, turn @ bias_of(layer)[kept])
-    if r < h:
-        read = torch.block_diag(*values)
-        crossed = passed[kept][:, kept] @ read
-        writes = writes @ regression(crossed, read.T @ crossed)
-    write(new.output.dense, writes, stream.basis.T @ bias_of(output))
+    output, width = weight_of(old.output.dense), old.self.attention_head_size
+    heads = choose_heads(context, stream.basis.T @ output, len(context) // width, new.self.num_attention_heads)
+    kept = torch.arange(len(context), device=context.device).view(-1, width)[heads].flatten()
+    for name in ("query", "key", "value"):
+        layer = getattr(old.self, name)
+        write(getattr(new.self, name), weight_of(layer)[kept] @ stream.basis, bias_of(layer)[kept])
+    fitted = output @ interpolation(context, kept)
+    write(new.output.dense, stream.basis.T @ fitted, stream.basis.T @ bias_of(old.output.dense))
 
 
 def _readers(new: Layer, old: Layer, stream: _Stream) -> None:
@@ -159,8 +133,12 @@ def _inner(index: int) -> str:
     return f"layer.{index}.inner"
 
 
-def _heads(index: int) -> str:
-    return f"layer.{index}.heads"
+def _context(index: int) -> str:
+    return f"layer.{index}.context"
+
+
+def _head_width(model: Layer) -> int:
+    return model.config.hidden_size // model.config.num_attention_heads  # type: ignore[no-any-return]
 
 
 def _norm_names(model: Layer) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from rmtkd import latency, planning
+from rmtkd import factor, latency, planning, width
 from rmtkd.compression import compress
 from rmtkd.config import Config
 from rmtkd.errors import CalibrationError, FileFormatError, PlanError
@@ -96,8 +96,10 @@ def test_twice_gives_the_same_plan(mode: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(planning, "milliseconds", lambda functions: dict.fromkeys(functions, 1.0))
     make, batches, config = CASES[mode]
     plans = [plan(make(), batches(), config, progress=False) for _ in range(2)]
+    groups = width.groups(make()) if mode == "width" else factor.groups(make(), config)
+    named = {group.name for group in groups}
     assert plans[0] == plans[1]
-    assert plans[0].covariances.keys() == plans[1].covariances.keys() >= {layer.name for layer in plans[0].layers}
+    assert plans[0].covariances.keys() == plans[1].covariances.keys() == named
     for name, moment in plans[0].covariances.items():
         assert torch.equal(moment, plans[1].covariances[name])
 
@@ -224,10 +226,11 @@ def test_groups_of_one_width_get_the_mean_of_their_ranks() -> None:
 
 
 def test_min_ratio_holds_a_width() -> None:
-    planned = plan(bert(), tokens(), Config(multiple=4, min_ratio=0.9), progress=False)
+    planned = plan(bert(), tokens(), Config(multiple=4, min_ratio=0.7), progress=False)
     assert planned.layer("residual").choice.support == 31  # what a new LayerNorm puts out sums to 0
-    assert planned.widths == {"hidden_size": 28, "intermediate_size": 60}  # .9 of 31 and of 64, rounded up
-    assert planned.reasons["intermediate_size"].endswith("held by min_ratio 0.9")
+    assert planned.widths == {"hidden_size": 24, "intermediate_size": 48}  # .7 of 31 in heads of 8, and of 64 in fours
+    assert planned.reasons["hidden_size"].endswith("rounded up to a multiple of 8, held by min_ratio 0.7")
+    assert planned.reasons["intermediate_size"].endswith("rounded up, held by min_ratio 0.7")
 
 
 def test_too_few_rows_are_told() -> None:

@@ -305,10 +305,10 @@ def test_a_rank_below_the_least_share_ends_the_run() -> None:
     result = project(replace(FACTOR, stages=4, min_ratio=0.35, quantile=0.9))
     assert len(result.history) == 2
     assert result.reason.startswith("stage 1 reached min_ratio = 0.35: first")
-    narrowed = narrow(replace(WIDTH, min_ratio=0.9))
+    narrowed = narrow(replace(WIDTH, min_ratio=0.7))
     assert len(narrowed.history) == 2 and "hidden_size" in narrowed.reason
-    # the stream has at most 31 dimensions behind LayerNorm; 0.9 of that is rounded up to the four heads
-    assert narrowed.model.config.hidden_size == 28 and narrowed.model.config.intermediate_size == 60
+    # the stream has at most 31 dimensions behind LayerNorm; 0.7 of that is rounded up to whole heads of 8
+    assert narrowed.model.config.hidden_size == 24 and narrowed.model.config.intermediate_size == 48
 
 
 def test_width_mode_ends_when_no_rank_shrinks() -> None:

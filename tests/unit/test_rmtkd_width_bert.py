@@ -60,17 +60,14 @@ def outputs(model: nn.Module, seed: int = 2) -> Tensor:
 
 
 class Disguise:
-    """A narrow BERT as a wide one: the stream turned into more dimensions, neurons doubled, and heads too (`whole`), or
-    turned into more rows.
-    """
+    """A narrow BERT as a wide one: the stream turned into more dimensions, neurons doubled, heads among others."""
 
-    def __init__(self, narrow: Any, hidden: int, whole: bool) -> None:
+    def __init__(self, narrow: Any, hidden: int) -> None:
         self.narrow, k = narrow, narrow.config.hidden_size
-        self.k, self.d, self.heads, self.whole = k, hidden, narrow.config.num_attention_heads, whole
+        self.k, self.d = k, hidden
         self.turn = self._with_mean(k, hidden)
         inner = 2 * narrow.config.intermediate_size
-        heads = 2 * self.heads if whole else self.heads
-        self.wide = bert(hidden, inner, type(narrow).__name__, num_attention_heads=heads)
+        self.wide = bert(hidden, inner, type(narrow).__name__, num_attention_heads=HEADS * hidden // k)
         with torch.no_grad():
             self._write(self.wide.base_model, narrow.base_model)
             if hasattr(narrow, "classifier"):
@@ -96,15 +93,7 @@ class Disguise:
             getattr(wide.embeddings, name).weight.copy_(getattr(narrow.embeddings, name).weight @ turn.T)
         self._norm(wide.embeddings.LayerNorm, narrow.embeddings.LayerNorm)
         for new, old in zip(wide.encoder.layer, narrow.encoder.layer, strict=True):
-            spread, gathered = self._heads()
-            scale = 1.0 if self.whole else (self.d / self.k) ** 0.25
-            for name, factor in (("query", scale), ("key", scale), ("value", 1.0)):
-                layer, source = getattr(new.attention.self, name), getattr(old.attention.self, name)
-                layer.weight.copy_(factor * spread @ source.weight @ turn.T)
-                layer.bias.copy_(factor * spread @ source.bias)
-            dense, source = new.attention.output.dense, old.attention.output.dense
-            dense.weight.copy_(turn @ source.weight @ gathered)
-            dense.bias.copy_(turn @ source.bias)
+            self._heads(new.attention, old.attention)
             self._norm(new.attention.output.LayerNorm, old.attention.output.LayerNorm)
             new.intermediate.dense.weight.copy_(old.intermediate.dense.weight.repeat(2, 1) @ turn.T)
             new.intermediate.dense.bias.copy_(old.intermediate.dense.bias.repeat(2))
@@ -118,27 +107,31 @@ class Disguise:
         wide.weight.fill_(float(narrow.weight[0]) * (self.k / self.d) ** 0.5)
         wide.bias.copy_(self.turn @ narrow.bias)
 
-    def _heads(self) -> tuple[Tensor, Tensor]:
-        """(d, k) rows of wide heads from those of narrow ones, and (k, d) back.
+    def _heads(self, wide: Any, narrow: Any) -> None:
+        """Among as many others, in any order: two twins, whose shares nearly cancel, and two that nobody reads."""
+        h = self.k // HEADS
+        order = torch.randperm(2 * HEADS)  # of the narrow heads, the twins of the first two, and the unread
+        place = torch.argsort(order).repeat_interleave(h) * h + torch.arange(h).repeat(2 * HEADS)
+        for name in ("query", "key", "value"):
+            layer, source = getattr(wide.self, name), getattr(narrow.self, name)
+            others = torch.randn(2 * h, self.k)
+            weight = torch.cat((source.weight, source.weight[: 2 * h], others))
+            layer.weight[place] = weight @ self.turn.T
+            layer.bias[place] = torch.cat((source.bias, source.bias[: 2 * h], torch.randn(2 * h)))
+        source = narrow.output.dense
+        first, rest = source.weight[:, : 2 * h], source.weight[:, 2 * h :]
+        columns = torch.cat((3 * first, rest, -2 * first, torch.zeros(self.k, 2 * h)), 1)
+        wide.output.dense.weight[:, place] = self.turn @ columns
+        wide.output.dense.bias.copy_(self.turn @ source.bias)
 
-        Whole heads are there twice, first and last, and each counts for its share.
-        """
-        if self.whole:
-            once = torch.eye(self.k)
-            return torch.cat((once, once)), torch.cat((0.3 * once, 0.7 * once), 1)
-        size = self.d // self.heads, self.k // self.heads
-        spread = torch.block_diag(*(torch.linalg.qr(torch.randn(*size))[0] for _ in range(self.heads)))
-        return spread, spread.T
 
-
-def disguise(kind: str = "BertModel", whole: bool = True) -> Disguise:
-    """Whole heads: 8 of 3 for 4 of 3. Else 2 of 8 for 2 of 5, which is too wide for one."""
-    narrow = bert(12, 20, kind, seed=3) if whole else bert(10, 20, kind, seed=3, num_attention_heads=2)
+def disguise(kind: str = "BertModel") -> Disguise:
+    narrow = bert(12, 20, kind, seed=3)
     with torch.no_grad():
         for name, parameter in narrow.named_parameters():
             if name.endswith("LayerNorm.weight"):
                 parameter.fill_(1.3)
-    return Disguise(narrow, 24 if whole else 16, whole)
+    return Disguise(narrow, 24)
 
 
 @pytest.mark.parametrize("kind", ["BertModel", *HEADED])
@@ -150,22 +143,20 @@ def test_the_full_width_gives_the_same(kind: str, fitted: bool) -> None:
     torch.testing.assert_close(outputs(same), outputs(model), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_disguise_is_the_narrow_model(whole: bool) -> None:
-    found = disguise(whole=whole)
+def test_the_disguise_is_the_narrow_model() -> None:
+    found = disguise()
     torch.testing.assert_close(outputs(found.wide), outputs(found.narrow) @ found.turn.T, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("kind", ["BertModel", "BertForTokenClassification"])
-def test_a_narrow_model_in_disguise_loses_nothing(kind: str, fitted: bool, whole: bool) -> None:
-    """Stream, heads (fewer, or narrower with their scale) and neurons at once: all of the narrow one is found again."""
-    found = disguise(kind, whole)
+def test_a_narrow_model_in_disguise_loses_nothing(kind: str, fitted: bool) -> None:
+    """Stream, heads and neurons at once: all of the narrow model is found again."""
+    found = disguise(kind)
     calibration = batches() if fitted else None
-    widths = {"hidden_size": found.k, "intermediate_size": 20}
+    widths = {"hidden_size": 12, "intermediate_size": 20}
     narrow = width.narrow(found.wide, widths, moments(found.wide), Config(), calibration)
-    assert narrow.config.num_attention_heads == found.heads
+    assert narrow.config.num_attention_heads == HEADS
     expected, got = outputs(found.wide), outputs(narrow)
     if kind == "BertModel":  # in axes of its own: the same up to a rotation
         expected, got = expected @ expected.T, got @ got.T
@@ -185,7 +176,7 @@ def test_one_width_alone() -> None:
 
 def test_a_classifier_reads_the_pooler_through_the_neurons_that_stay() -> None:
     """A pooler whose neurons come in pairs needs half of them."""
-    model = bert(24, 40, "BertForSequenceClassification")
+    model = bert(24, 40, "BertForSequenceClassification", num_attention_heads=2 * HEADS)
     with torch.no_grad():
         pooler = model.bert.pooler.dense
         pooler.weight[12:], pooler.bias[12:] = pooler.weight[:12], pooler.bias[:12]
@@ -203,7 +194,7 @@ def without_pooler(model: nn.Module) -> dict[str, Tensor]:
 
 def test_fitted_norms_come_nearer() -> None:
     model = bert(24, 40, "BertForTokenClassification")
-    widths, found = {"hidden_size": 16, "intermediate_size": 28}, moments(model)
+    widths, found = {"hidden_size": 12, "intermediate_size": 28}, moments(model)
     errors = {}
     for name, calibration in (("closed", None), ("fitted", batches())):
         narrow = width.narrow(model, widths, found, Config(), calibration)
@@ -251,13 +242,20 @@ def test_dtype_and_repetition() -> None:
     assert half.dtype == torch.bfloat16
 
 
+def test_heads_are_as_wide_after_two_stages() -> None:
+    once = width.narrow(bert(24, 40), {"hidden_size": 18}, moments(bert(24, 40)), Config())
+    twice = width.narrow(once, {"hidden_size": 12}, moments(once), Config())
+    assert [model.config.num_attention_heads for model in (once, twice)] == [3, 2]
+    assert width.groups(twice)[0].multiple == 6
+
+
 def test_groups() -> None:
     model = bert(24, 40, "BertForSequenceClassification")
     residual, *others = width.groups(model)
-    inner, passed = others[:LAYERS], others[LAYERS:]
-    assert (residual.width, residual.multiple, len(residual.taps)) == ("hidden_size", HEADS, 1 + 2 * LAYERS)
+    inner, context = others[:LAYERS], others[LAYERS:]
+    assert (residual.width, residual.multiple, len(residual.taps)) == ("hidden_size", 24 // HEADS, 1 + 2 * LAYERS)
     assert [group.width for group in inner] == ["intermediate_size"] * LAYERS
-    assert [(group.name, group.ranked) for group in passed] == [("layer.0.heads", False), ("layer.1.heads", False)]
+    assert [(group.name, group.ranked) for group in context] == [("layer.0.context", False), ("layer.1.context", False)]
     names = dict(model.named_modules())
     assert all(tap.module in names for group in (residual, *others) for tap in group.taps)
 
@@ -265,7 +263,7 @@ def test_groups() -> None:
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ({"hidden_size": 14}, "14 cannot be the width of 4 equal heads, .* at most 6 wide; a multiple of 4 can"),
+        ({"hidden_size": 16}, "multiple of 6"),
         ({"hidden_size": 28}, "from 1 to 24"),
         ({"hidden_size": 0}, "from 1 to 24"),
         ({"intermediate_size": 8.5}, "whole number"),
@@ -285,8 +283,8 @@ def test_covariances_that_do_not_fit() -> None:
     widths = {"hidden_size": 12, "intermediate_size": 16}
     with pytest.raises(PlanError, match=r"layer\.1\.inner needs a \(40, 40\)"):
         width.narrow(model, widths, {k: v for k, v in found.items() if k != "layer.1.inner"}, Config())
-    with pytest.raises(PlanError, match=r"layer\.0\.heads needs a \(24, 24\)"):
-        width.narrow(model, widths, {k: v for k, v in found.items() if not k.endswith("heads")}, Config())
+    with pytest.raises(PlanError, match=r"layer\.0\.context needs a \(24, 24\)"):
+        width.narrow(model, widths, {k: v for k, v in found.items() if not k.endswith("context")}, Config())
     with pytest.raises(PlanError, match="shape"):
         width.narrow(model, widths, {**found, "residual": torch.eye(12)}, Config())
     with pytest.raises(PlanError, match="not finite"):
@@ -305,7 +303,7 @@ def test_models_that_cannot_be_narrowed() -> None:
 def test_batches_that_have_been_read() -> None:
     model = bert(24, 40)
     with pytest.raises(CalibrationError, match="iterator"):
-        width.narrow(model, {"hidden_size": 16}, moments(model), Config(), iter([]))
+        width.narrow(model, {"hidden_size": 18}, moments(model), Config(), iter([]))
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -334,6 +332,6 @@ def test_first_gains_are_the_regression_of_each_axis() -> None:
 def test_a_float64_model_is_fitted_as_well() -> None:
     model = bert(24, 40).double()
     found = moments(model)
-    single = width.narrow(copy.deepcopy(model).float(), {"hidden_size": 16}, found, Config(), batches())
-    double = width.narrow(model, {"hidden_size": 16}, found, Config(), batches())
+    single = width.narrow(copy.deepcopy(model).float(), {"hidden_size": 18}, found, Config(), batches())
+    double = width.narrow(model, {"hidden_size": 18}, found, Config(), batches())
     torch.testing.assert_close(outputs(double).float(), outputs(single), rtol=0, atol=1e-3)
