@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tqdm.auto
 from transformers import BertConfig, BertForSequenceClassification
 
 from rmtkd import checkpoints, files
 from rmtkd.config import Config
 from rmtkd.stages import run
+
+# What tqdm writes under is a semaphore that forked processes share: one that is killed with it stops all after it.
+for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+    bar.set_lock(threading.RLock())
 
 CONFIGS = {
     "width": Config(
